@@ -1,0 +1,88 @@
+"""What a chat needs of a model: token ids in, token ids out. An engine knows no dialogue.
+
+An engine holds its KV cache in `slots` numbered sequences. A slot is a list of tokens at positions 0, 1, 2, ..; all
+slots share `context_size` cells. Where `shares_cells` is true a copied prefix costs nothing until the copies part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from koala_local.engine.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The special tokens of a vocabulary, and a key that says whose ids are whose."""
+
+    key: str  # SHA-256 over every token's text and type: ids mean the same only under the same key
+    size: int
+    bos: int | None
+    eos: int | None
+    add_bos: bool
+    adds_space: bool  # SentencePiece's dummy prefix: every string is tokenized with a space before it
+    control: Mapping[str, int] = field(repr=False)  # control tokens by their text
+    user_defined: Mapping[str, int] = field(repr=False)  # matched in any text, even with special tokens unparsed
+    ends: frozenset[int] = frozenset()  # the tokens that end a reply
+
+
+class Sampler(Protocol):
+    """A seeded chain of samplers that has seen the tokens before the reply."""
+
+    def sample(self) -> int:
+        """Draw the next token from the logits of the last evaluated one, and remember it."""
+
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """A loaded model with its KV cache. Not for two threads at once, `interrupt` apart."""
+
+    name: str
+    vocabulary: Vocabulary
+    context_size: int  # tokens, over all slots
+    slots: int
+    can_shift: bool
+    shares_cells: bool
+    evaluated_tokens: int  # every token evaluated since the model was loaded
+    cache_key: str  # what must be equal for a saved KV cache to be valid: model, context, KV type, flash attention
+
+    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of `text`, no special token parsed, no BOS. `continues`: without SentencePiece's dummy prefix."""
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, possibly half a character; empty for a control token."""
+
+    def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
+        """Evaluate `ids` at `position`, which is the slot's length. Raises Interrupted; `evaluated_tokens` then says how
+        many were done, the slot holds exactly these."""
+
+    def sampler(self, sampling: Sampling, seed: int, before: Sequence[int]) -> Sampler:
+        """A sampler whose penalties have seen the tokens `before` the reply."""
+
+    def crop(self, slot: int, length: int) -> int:
+        """Keep the first `length` tokens of a slot; returns how many remain: fewer where a memory cannot be cut there."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Make `target` equal to `source`."""
+
+    def shift(self, slot: int, start: int, end: int) -> None:
+        """Forget positions [start, end) and move what follows down. Approximate: the moved keys saw what is gone.
+        Only where `can_shift`."""
+
+    def save(self, slot: int, ids: Sequence[int], path: Path) -> None:
+        """Write a slot's KV and token ids to `path` (not atomic). Raises OSError."""
+
+    def load(self, slot: int, path: Path) -> list[int]:
+        """Read what `save` wrote and return its ids. The file must have been checked before. Raises OSError."""
+
+    def interrupt(self) -> None:
+        """From any thread: make the running `evaluate` stop soon. Stays set until `resume`."""
+
+    def resume(self) -> None:
+        """Clear `interrupt`."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,328 @@
+"""The llama.cpp engine, on the documented low-level bindings: GGUF models on CPU, CUDA, Metal or Vulkan.
+
+The high-level `Llama` class is not used: it parses control tokens out of user text, detokenizes the whole reply at
+every token and copies the logits history with each saved state.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llama_cpp.llama_cpp as ll
+
+from koala_local.engine.base import Vocabulary
+from koala_local.engine.sampling import Sampling
+from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMemoryError
+
+SLOTS = 16  # one for the active branch, the rest to hold others; a slot without tokens costs nothing
+KV_TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
+_BATCH = 512  # tokens between two looks at `interrupt` where the abort callback does not reach
+_BATCH_GPU = 128
+_log_tail: deque[str] = deque(maxlen=8)
+
+
+@ll.llama_log_callback  # type: ignore[untyped-decorator]
+def _keep_log(level: int, text: bytes, _: object) -> None:
+    """Keep llama.cpp's last warnings for an error message; nothing of its log reaches the terminal."""
+    if level >= 3 and text.strip():
+        _log_tail.append(text.decode("utf-8", "replace").strip())
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how a model is loaded. `gpu_layers` None: all, fewer when memory does not allow."""
+
+    context: int
+    gpu_layers: int | None = None
+    kv_type: str = "f16"
+    threads: int = 0
+
+
+def can_offload() -> bool:
+    """Whether this build of llama.cpp has a GPU backend and finds a device for it."""
+    return bool(ll.llama_supports_gpu_offload())
+
+
+def physical_cores() -> int:
+    """The physical cores this process may run on: more threads than these slow llama.cpp down."""
+    if not hasattr(os, "sched_getaffinity"):
+        return max(1, (os.cpu_count() or 2) // 2)
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
+    return len(cores)
+
+
+class LlamaEngine:
+    """A GGUF model with its KV cache. Satisfies `Engine`. The file must have been checked and probed before."""
+
+    can_shift: bool
+    shares_cells = True
+    slots = SLOTS
+
+    def __init__(self, path: Path, fingerprint: str, placement: Placement) -> None:
+        """Raises ModelFileError, or OutOfMemoryError when neither GPU nor RAM can hold model and KV cache."""
+        self._stop = ctypes.create_string_buffer(2)
+        self._handles: list[Callable[[], None]] = []
+        ll.llama_log_set(_keep_log, None)
+        ll.llama_backend_init()
+        self.name = path.stem
+        self.gpu_layers, self._model, self._context = _load(path, placement)
+        self._handles = [lambda: ll.llama_free(self._context), lambda: ll.llama_model_free(self._model)]
+        self._vocab = ll.llama_model_get_vocab(self._model)
+        self._memory = ll.llama_get_memory(self._context)
+        self.context_size = int(ll.llama_n_ctx(self._context))
+        self.trained_context = int(ll.llama_model_n_ctx_train(self._model))
+        self.can_shift = bool(ll.llama_memory_can_shift(self._memory))
+        self.evaluated_tokens = 0
+        self._pieces: dict[int, bytes] = {}
+        self.vocabulary = self._read_vocabulary()
+        self.cache_key = (
+            f"model={fingerprint} context={self.context_size} kv={placement.kv_type} "
+            f"flash={_flash_attention(placement.kv_type)}"
+        )
+        self._batch = _Batch(_BATCH if self.gpu_layers == 0 else _BATCH_GPU)
+        # llama.cpp polls this many times a token. libc's strlen is such a poll without any Python:
+        # the stop flag is a string, empty (0, false) until `interrupt` writes a byte into it.
+        self._poll = ctypes.cast(ctypes.CDLL(ctypes.util.find_library("c")).strlen, ll.ggml_abort_callback)
+        ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
+
+    def _read_vocabulary(self) -> Vocabulary:
+        vocab, digest = self._vocab, hashlib.sha256()
+        size = int(ll.llama_vocab_n_tokens(vocab))
+        control: dict[str, int] = {}
+        user_defined: dict[str, int] = {}
+        for token in range(size):
+            text, attr = ll.llama_vocab_get_text(vocab, token), ll.llama_vocab_get_attr(vocab, token)
+            digest.update(b"%d %d " % (attr, len(text)) + text)
+            if attr & (ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN):
+                control[text.decode("utf-8", "replace")] = token
+            elif attr & ll.LLAMA_TOKEN_ATTR_USER_DEFINED:
+                user_defined[text.decode("utf-8", "replace")] = token
+        bos, eos = int(ll.llama_vocab_bos(vocab)), int(ll.llama_vocab_eos(vocab))
+        space = self.tokenize("x")
+        return Vocabulary(
+            key=digest.hexdigest(),
+            size=size,
+            bos=bos if bos >= 0 else None,
+            eos=eos if eos >= 0 else None,
+            add_bos=bool(ll.llama_vocab_get_add_bos(vocab)),
+            adds_space=bool(space) and self.piece(space[0]).startswith(b" "),
+            control=control,
+            user_defined=user_defined,
+            ends=frozenset(token for token in range(size) if ll.llama_vocab_is_eog(vocab, token)),
+        )
+
+    def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
+        if continues and self.vocabulary.adds_space:
+            # A control character merges with nothing, so what follows it is tokenized as inside a text.
+            guard = self.tokenize("\x01")
+            ids = self.tokenize("\x01" + text)
+            return ids[len(guard) :] if ids[: len(guard)] == guard else self.tokenize(text)
+        data = text.encode("utf-8", "replace")
+        room = len(data) + 8
+        buffer = (ll.llama_token * room)()
+        count = ll.llama_tokenize(self._vocab, data, len(data), buffer, room, False, False)
+        if count < 0:
+            raise KoalaError("the text is too long to tokenize", "send it in parts")
+        return list(buffer[:count])
+
+    def piece(self, token: int) -> bytes:
+        known = self._pieces.get(token)
+        if known is None:
+            known = self._pieces[token] = self._read_piece(token)
+        return known
+
+    def _read_piece(self, token: int) -> bytes:
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            length = ll.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if length >= 0:
+                return buffer.raw[:length]
+            room = -length
+
+    def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
+        for start in range(0, len(ids), self._batch.room):
+            if self._stop[0] != b"\0":
+                raise Interrupted
+            part = ids[start : start + self._batch.room]
+            status = ll.llama_decode(self._context, self._batch.fill(part, slot, position + start))
+            if status != 0:
+                ll.llama_memory_seq_rm(self._memory, slot, position + start, -1)
+                if status == 2:
+                    raise Interrupted
+                raise _decode_error(status)
+            self.evaluated_tokens += len(part)
+
+    def sampler(self, sampling: Sampling, seed: int, before: Sequence[int]) -> LlamaSampler:
+        return LlamaSampler(self._context, self.vocabulary.size, sampling, seed, before)
+
+    def logits(self) -> list[float]:
+        """The logits of the last evaluated token, one per vocabulary entry."""
+        return list(ll.llama_get_logits_ith(self._context, -1)[: self.vocabulary.size])
+
+    def crop(self, slot: int, length: int) -> int:
+        if ll.llama_memory_seq_rm(self._memory, slot, length, -1):
+            return length
+        ll.llama_memory_seq_rm(self._memory, slot, -1, -1)  # a memory that cannot be cut, such as a recurrent state
+        return 0
+
+    def copy(self, source: int, target: int) -> None:
+        ll.llama_memory_seq_rm(self._memory, target, -1, -1)
+        ll.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def shift(self, slot: int, start: int, end: int) -> None:
+        ll.llama_memory_seq_rm(self._memory, slot, start, end)
+        ll.llama_memory_seq_add(self._memory, slot, end, -1, start - end)
+
+    def save(self, slot: int, ids: Sequence[int], path: Path) -> None:
+        tokens = (ll.llama_token * len(ids))(*ids)
+        if not ll.llama_state_seq_save_file(self._context, os.fsencode(path), slot, tokens, len(ids)):
+            raise OSError(f"llama.cpp could not write {path.name}")
+
+    def load(self, slot: int, path: Path) -> list[int]:
+        tokens, count = (ll.llama_token * self.context_size)(), ctypes.c_size_t()
+        name, size = os.fsencode(path), ctypes.byref(count)
+        if not ll.llama_state_seq_load_file(self._context, name, slot, tokens, self.context_size, size):
+            ll.llama_memory_seq_rm(self._memory, slot, -1, -1)
+            raise OSError(f"llama.cpp could not read {path.name}")
+        return list(tokens[: count.value])
+
+    def interrupt(self) -> None:
+        self._stop[0] = b"\x01"
+
+    def resume(self) -> None:
+        self._stop[0] = b"\0"
+
+    def close(self) -> None:
+        for free in self._handles:
+            free()
+        self._handles = []
+
+
+class LlamaSampler:
+    """A chain of llama.cpp's own samplers, seeded. Satisfies `Sampler`."""
+
+    def __init__(
+        self, context: Any, vocabulary_size: int, sampling: Sampling, seed: int, before: Sequence[int]
+    ) -> None:
+        self._context = context
+        self._chain = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
+        for stage in _stages(sampling, seed, vocabulary_size):
+            ll.llama_sampler_chain_add(self._chain, stage)
+        for token in before[-sampling.repeat_last_n :] if sampling.repeat_last_n else ():
+            ll.llama_sampler_accept(self._chain, token)
+
+    def sample(self) -> int:
+        return int(ll.llama_sampler_sample(self._chain, self._context, -1))
+
+    def close(self) -> None:
+        ll.llama_sampler_free(self._chain)
+
+
+def _stages(sampling: Sampling, seed: int, vocabulary_size: int) -> Iterator[Any]:
+    """In llama.cpp's own order: penalties, top-k, top-p, min-p, temperature, draw."""
+    if sampling.repeat_penalty != 1.0 and sampling.repeat_last_n:
+        yield ll.llama_sampler_init_penalties(
+            vocabulary_size, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0
+        )
+    if sampling.temperature == 0.0:
+        yield ll.llama_sampler_init_greedy()
+        return
+    if sampling.top_k:
+        yield ll.llama_sampler_init_top_k(sampling.top_k)
+    if sampling.top_p < 1.0:
+        yield ll.llama_sampler_init_top_p(sampling.top_p, 1)
+    if sampling.min_p > 0.0:
+        yield ll.llama_sampler_init_min_p(sampling.min_p, 1)
+    yield ll.llama_sampler_init_temp(sampling.temperature)
+    yield ll.llama_sampler_init_dist(seed & 0xFFFFFFFF)
+
+
+class _Batch:
+    """A llama_batch over arrays that are filled in place: a decode step allocates nothing."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self._slot = ll.llama_seq_id()
+        self._tokens, self._positions = (ll.llama_token * room)(), (ll.llama_pos * room)()
+        self._counts = (ctypes.c_int32 * room)(*[1] * room)
+        self._slots = (ctypes.POINTER(ll.llama_seq_id) * room)(*[ctypes.pointer(self._slot)] * room)
+        self._wanted = (ctypes.c_int8 * room)()
+        self._batch = ll.llama_batch(0, self._tokens, None, self._positions, self._counts, self._slots, self._wanted)
+
+    def fill(self, ids: Sequence[int], slot: int, position: int) -> Any:
+        """All of `ids` in one slot; logits for the last one only."""
+        count = len(ids)
+        self._wanted[self._batch.n_tokens - 1] = 0
+        self._wanted[count - 1] = 1
+        self._tokens[:count] = list(ids)
+        self._positions[:count] = list(range(position, position + count))
+        self._slot.value = slot
+        self._batch.n_tokens = count
+        return self._batch
+
+
+def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
+    """Load with as many layers on the GPU as memory allows: (layers, model, context)."""
+    for layers in _layer_choices(placement):
+        _log_tail.clear()
+        params = ll.llama_model_default_params()
+        params.n_gpu_layers = layers
+        model = ll.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            continue
+        context = ll.llama_init_from_model(model, _context_params(placement))
+        if context:
+            return layers, model, context
+        ll.llama_model_free(model)
+    reason = _log_tail[-1] if _log_tail else "llama.cpp gives no reason"
+    if "alloc" in " ".join(_log_tail).lower() or "memory" in " ".join(_log_tail).lower():
+        raise OutOfMemoryError(
+            f"{path.name} with a context of {placement.context} does not fit in memory",
+            "try a shorter --context, --kv-type q8_0, fewer --gpu-layers, or a smaller model",
+        )
+    raise ModelFileError(f"llama.cpp cannot load {path.name}: {reason}", "is it a text model that llama.cpp knows?")
+
+
+def _layer_choices(placement: Placement) -> list[int]:
+    if not can_offload():
+        return [0]
+    if placement.gpu_layers is not None:
+        return [placement.gpu_layers]
+    return [999, 48, 32, 24, 16, 8, 0]
+
+
+def _context_params(placement: Placement) -> Any:
+    params = ll.llama_context_default_params()
+    params.n_ctx = placement.context
+    params.n_batch = params.n_ubatch = _BATCH
+    params.n_seq_max = SLOTS
+    params.kv_unified = True  # copies share cells; without it a partial copy aborts the process
+    params.n_threads = params.n_threads_batch = placement.threads or physical_cores()
+    params.type_k = params.type_v = KV_TYPES[placement.kv_type]
+    params.flash_attn_type = _flash_attention(placement.kv_type)
+    params.no_perf = True
+    return params
+
+
+def _flash_attention(kv_type: str) -> int:
+    """Quantized V needs flash attention; otherwise llama.cpp decides by the device."""
+    return int(ll.LLAMA_FLASH_ATTN_TYPE_AUTO if kv_type == "f16" else ll.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+
+
+def _decode_error(status: int) -> KoalaError:
+    if status == 1:
+        return OutOfMemoryError("the KV cache has no free cells left", "this is a defect: please report it")
+    reason = _log_tail[-1] if _log_tail else f"status {status}"
+    return KoalaError(f"llama.cpp failed while evaluating: {reason}", "start again with a shorter --context")

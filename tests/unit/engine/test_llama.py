@@ -1,0 +1,112 @@
+"""The llama.cpp engine on a tiny random model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from koala_local.engine.llama import LlamaEngine, Placement
+from koala_local.engine.sampling import Sampling
+from koala_local.errors import Interrupted
+from tests.engines import tiny_engine
+from tests.gguf_maker import make_model
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
+    engine = tiny_engine(tmp_path_factory.mktemp("model"))
+    yield engine
+    engine.close()
+
+
+def test_pieces_spell_the_text(engine: LlamaEngine) -> None:
+    text = "the hat, é 你 \U0001f428\n\tend"
+    assert b"".join(map(engine.piece, engine.tokenize(text))).decode() == f" {text}"
+    assert b"".join(map(engine.piece, engine.tokenize(text, continues=True))).decode() == text
+
+
+def test_vocabulary_names_the_special_tokens(engine: LlamaEngine) -> None:
+    vocabulary = engine.vocabulary
+    assert (vocabulary.bos, vocabulary.eos, vocabulary.add_bos, vocabulary.adds_space) == (1, 2, True, True)
+    assert vocabulary.control["</s>"] == 2
+    assert 2 in vocabulary.ends
+    assert engine.piece(2) == b""
+
+
+def test_vocabulary_key_changes_with_a_token(tmp_path: Path, engine: LlamaEngine) -> None:
+    other = tiny_engine(tmp_path, extra_tokens=[("<|x|>", 4)])
+    assert other.vocabulary.key != engine.vocabulary.key
+    assert "<|x|>" in other.vocabulary.user_defined
+    other.close()
+
+
+def test_saved_state_comes_back_with_its_logits(engine: LlamaEngine, tmp_path: Path) -> None:
+    ids = [1, *range(20, 60)]
+    engine.crop(0, 0)
+    engine.evaluate(ids, slot=0, position=0)
+    engine.save(0, ids, tmp_path / "state")
+    engine.evaluate([7], slot=0, position=len(ids))
+    expected = engine.logits()
+    assert engine.load(3, tmp_path / "state") == ids
+    engine.evaluate([7], slot=3, position=len(ids))
+    assert max(abs(a - b) for a, b in zip(engine.logits(), expected, strict=True)) < 1e-4
+    engine.crop(3, 0)
+
+
+def test_a_seed_repeats_and_another_differs(engine: LlamaEngine) -> None:
+    def draw(seed: int) -> list[int]:
+        engine.crop(0, 0)
+        engine.evaluate([1, 30, 31], slot=0, position=0)
+        sampler = engine.sampler(Sampling(temperature=2.0, min_p=0.0), seed, [])
+        drawn = []
+        for position in range(3, 23):
+            drawn.append(sampler.sample())
+            engine.evaluate(drawn[-1:], slot=0, position=position)
+        sampler.close()
+        return drawn
+
+    assert draw(5) == draw(5)
+    assert draw(5) != draw(6)
+
+
+def test_penalties_know_the_tokens_before_the_reply(engine: LlamaEngine) -> None:
+    engine.crop(0, 0)
+    engine.evaluate([1, 30, 31], slot=0, position=0)
+    greedy = engine.sampler(Sampling(temperature=0.0), 0, [])
+    favourite = greedy.sample()
+    primed = engine.sampler(Sampling(temperature=0.0, repeat_penalty=3.0), 0, [favourite])
+    assert primed.sample() != favourite
+    greedy.close()
+    primed.close()
+
+
+def test_an_interrupt_from_another_thread_stops_inside_a_batch(tmp_path: Path) -> None:
+    """A batch that takes long is stopped within it: the flag is seen without any Python running."""
+    path = make_model(tmp_path / "m.gguf", context=4096, embedding=512, layers=8, heads=8, feed_forward=2048)
+    engine = LlamaEngine(path, "test", Placement(context=4096, threads=1))
+    batch = [5] * 512
+    started = time.perf_counter()
+    engine.evaluate(batch, slot=0, position=0)
+    whole = time.perf_counter() - started
+    threading.Timer(whole / 4, engine.interrupt).start()
+    started = time.perf_counter()
+    with pytest.raises(Interrupted):
+        engine.evaluate(batch, slot=0, position=512)
+    assert time.perf_counter() - started < whole * 0.9
+    engine.resume()
+    assert engine.evaluated_tokens == 512
+    engine.evaluate(batch, slot=0, position=512)  # the interrupted tokens left nothing behind
+    engine.close()
+
+
+def test_quantized_kv_works(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", embedding=128)
+    engine = LlamaEngine(path, "test", Placement(context=256, kv_type="q8_0"))
+    engine.evaluate([1, 10, 11], slot=0, position=0)
+    assert len(engine.logits()) == engine.vocabulary.size
+    assert "kv=q8_0" in engine.cache_key
+    engine.close()

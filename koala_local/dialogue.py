@@ -66,6 +66,10 @@ class PromptFormat(Protocol):
     def name(self) -> str: ...
 
     @property
+    def key(self) -> str:
+        """Equal for formats that write the same: a name alone does not tell two templates apart."""
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Strings that end a reply besides the model's own end tokens."""
 
@@ -85,6 +89,10 @@ class BuiltinFormat:
     write: Callable[[Dialogue], Iterator[Segment]]
     stops: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.name
 
     def segments(self, dialogue: Dialogue) -> list[Segment]:
         return list(self.write(dialogue))
@@ -139,11 +147,11 @@ def _alpaca(dialogue: Dialogue) -> Iterator[Segment]:
 
 
 def _llama2(dialogue: Dialogue) -> Iterator[Segment]:
-    """Llama-2-chat: every exchange between its own BOS and EOS, the system text inside the first one."""
+    """Llama-2-chat: each exchange between its own BOS and EOS, the system text inside the first; messages are stripped."""
     system = f"<<SYS>>\n{dialogue.system}\n<</SYS>>\n\n" if dialogue.system else ""
     for index, turn in enumerate(dialogue.turns):
         yield BOS
-        yield Text(f"[INST] {system}{turn.user} [/INST]")
+        yield Text(f"[INST] {(system + turn.user).strip()} [/INST]")
         system = ""
         if turn.reply is not None:
             yield Reply(index, turn.reply, spaced=True)

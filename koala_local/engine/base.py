@@ -57,14 +57,14 @@ class Engine(Protocol):
         """The bytes of a token, possibly half a character; empty for a control token."""
 
     def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
-        """Evaluate `ids` at `position`, which is the slot's length. Raises Interrupted; `evaluated_tokens` then says how
-        many were done, the slot holds exactly these."""
+        """Evaluate `ids` at `position`, which is the slot's length. Raises Interrupted; `evaluated_tokens` then says
+        how many were done, the slot holds exactly these."""
 
     def sampler(self, sampling: Sampling, seed: int, before: Sequence[int]) -> Sampler:
         """A sampler whose penalties have seen the tokens `before` the reply."""
 
     def crop(self, slot: int, length: int) -> int:
-        """Keep the first `length` tokens of a slot; returns how many remain: fewer where a memory cannot be cut there."""
+        """Keep the first `length` tokens of a slot; returns how many remain, fewer where a memory cannot be cut."""
 
     def copy(self, source: int, target: int) -> None:
         """Make `target` equal to `source`."""

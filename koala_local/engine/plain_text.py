@@ -35,8 +35,9 @@ def _tokenize_parts(engine: Engine, parts: list[str], continues: bool) -> list[i
 
 
 def _cut(text: str, taboo: Collection[str]) -> list[str]:
-    """`text` in parts none of which contains a string of `taboo`; strings of one character cannot be cut."""
-    strings = sorted((string for string in taboo if len(string) > 1), key=len, reverse=True)
+    """`text` in parts none of which contains a string of `taboo`; one character cannot be cut."""
+    # White space is left whole: some vocabularies hold runs of it as user-defined tokens, and were trained with them.
+    strings = sorted((string for string in taboo if len(string) > 1 and string.strip()), key=len, reverse=True)
     if not strings:
         return [text]
     starts = re.finditer(f"(?=({'|'.join(map(re.escape, strings))}))", text)

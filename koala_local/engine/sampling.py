@@ -34,7 +34,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 
 def with_setting(sampling: Sampling, name: str, value: str | float) -> Sampling:
-    """`sampling` with one setting changed, from a number or its text. Raises KoalaError when unknown or out of range."""
+    """`sampling` with one setting changed, from a number or its text. Raises KoalaError where that is no setting."""
     key = name.replace("-", "_")
     if key not in _RANGES:
         raise KoalaError(f"there is no sampling setting called {name!r}", f"settings: {', '.join(_RANGES)}")

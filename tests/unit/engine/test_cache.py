@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -156,3 +155,39 @@ def test_random_walk_against_a_fresh_evaluation(cache: PrefixCache, reference: L
         assert cache.used_cells <= cache.engine.context_size
         if step % 10 == 0:
             assert_close(cache.engine.logits(), fresh_logits(reference, path))  # type: ignore[attr-defined]
+
+
+class CopyingEngine:
+    """An engine of the simplest kind: it can crop, and copies the whole KV for a branch."""
+
+    slots, context_size, shares_cells, can_shift = 4, 60, False, False
+
+    def __init__(self) -> None:
+        self.kv: list[list[int]] = [[] for _ in range(self.slots)]
+        self.evaluated_tokens = 0
+
+    def evaluate(self, ids: list[int], *, slot: int, position: int) -> None:
+        assert position == len(self.kv[slot])
+        self.kv[slot] += ids
+        self.evaluated_tokens += len(ids)
+        assert sum(map(len, self.kv)) <= self.context_size
+
+    def crop(self, slot: int, length: int) -> int:
+        del self.kv[slot][length:]
+        return length
+
+    def copy(self, source: int, target: int) -> None:
+        self.kv[target] = list(self.kv[source])
+
+
+def test_a_backend_that_only_crops_and_copies() -> None:
+    engine = CopyingEngine()
+    cache = PrefixCache(engine)  # type: ignore[arg-type]
+    draw = random.Random(2)
+    path = [1]
+    for _ in range(300):
+        path = path[: draw.randrange(1, len(path) + 1)] + [draw.randrange(9) for _ in range(draw.randrange(1, 12))]
+        path = path[:50]
+        cache.extend(path[cache.adopt(path) :])
+        assert engine.kv[cache.active] == cache.ids == path
+        assert cache.used_cells == sum(map(len, engine.kv))

@@ -1,0 +1,30 @@
+# make chat: set up .venv, then talk to the bundled model. make test: set up .venv, then run the tests.
+# Options: PYTHON=python3.12 (which Python makes .venv), BACKEND=cpu|cuda|hip|metal|vulkan|auto (remembered).
+
+PYTHON ?= python3
+BACKEND ?=
+INSTALL = $(PYTHON) -m tools.install --backend "$(BACKEND)"
+
+.PHONY: chat test lint bench clean
+
+chat:
+	@$(INSTALL)
+	@.venv/bin/koala chat
+
+test:
+	@$(INSTALL) --extra test
+	@.venv/bin/python -m pytest
+
+lint:
+	@$(INSTALL) --extra test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench:
+	@$(INSTALL)
+	@.venv/bin/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,229 @@
+"""`koala chat` and `koala sessions`: options in, a conversation out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from koala_local import console
+from koala_local.engine.sampling import Sampling, with_setting
+from koala_local.errors import KoalaError
+
+if TYPE_CHECKING:
+    from koala_local.chat.conversation import Conversation
+    from koala_local.chat.history import History
+    from koala_local.chat.loader import LoadedModel, LoadOptions
+
+_LAST_MODEL = "last-model"
+
+
+def _setting(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """One funnel for every sampling number: a bad one is a usage error that names the range."""
+    if value is not None:
+        try:
+            with_setting(Sampling(), str(option.name), value)
+        except KoalaError as error:
+            raise click.BadParameter(f"{error.message}: {error.hint}") from None
+    return value
+
+
+def _gpu_layers(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    if value in ("auto", "all"):
+        return None if value == "auto" else 999
+    if value.isdecimal() and int(value) < 1000:
+        return int(value)
+    raise click.BadParameter("it is auto, all, or a whole number from 0 to 999")
+
+
+def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, kind, text in reversed(
+        (
+            ("temperature", float, "0 always takes the likeliest token; default 0.7."),
+            ("top-k", int, "Draw among the K likeliest tokens; 0: all. Default 40."),
+            ("top-p", float, "Draw among the likeliest tokens that have this share together. Default 0.95."),
+            ("min-p", float, "Leave out tokens less likely than this share of the likeliest. Default 0.05."),
+            ("repeat-penalty", float, "Above 1: recent tokens become less likely. Default 1."),
+            ("max-tokens", int, "End a reply after this many tokens; 0: when the model ends it. Default 0."),
+        )
+    ):
+        command = click.option(f"--{name}", type=kind, callback=_setting, help=text)(command)
+    return command
+
+
+@click.command(short_help="Talk to a model in the terminal.")
+@click.argument("model", required=False)
+@click.option("-p", "--prompt", metavar="TEXT", help="One reply to TEXT, then exit.")
+@click.option("--system", metavar="TEXT", help="A system text for the whole conversation.")
+@click.option("--resume", is_flag=True, help="Go on with the last session.")
+@click.option("--session", metavar="ID", help="Go on with this session (see `koala sessions`).")
+@click.option(
+    "--context", type=click.IntRange(256, 1 << 20), help="Tokens of context; default: the model's, at most 4096."
+)
+@click.option("--gpu-layers", default="auto", metavar="auto|all|N", callback=_gpu_layers, help="Layers on the GPU.")
+@click.option(
+    "--kv-type", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", help="KV cache precision."
+)
+@click.option("--template", default="auto", metavar="auto|NAME|FILE", help="Prompt format, or a Jinja chat template.")
+@_sampling_options
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes a run repeatable.")
+@click.option(
+    "--overflow",
+    type=click.Choice(["exact", "shift"]),
+    default="exact",
+    help="When the context is full: evaluate what stays anew (exact), or move its KV (faster, approximate).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Speak JSON lines: requests on stdin, replies on stdout.")
+def chat(model: str | None, prompt: str | None, as_json: bool, **options: Any) -> None:
+    """Talk to MODEL: the path of a GGUF file; by default the last one used, else the bundled miniature.
+
+    With -p, or with text on stdin, one reply is written and the program exits.
+    """
+    if options["resume"] and options["session"]:
+        raise click.UsageError("--resume and --session exclude each other")
+    text = prompt if prompt is not None else (None if as_json else _piped_text())
+    if text is not None and not text.strip():
+        raise KoalaError("there is no message", "give one with -p, on stdin, or start without either to chat")
+    _start(model, text, as_json, options)
+
+
+def _piped_text() -> str | None:
+    """What stands on stdin when it is no terminal. Raises KoalaError where it is not UTF-8."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise KoalaError(
+            f"stdin is not UTF-8 text (byte {error.start})", "convert it first, for example with iconv -t utf-8"
+        ) from None
+
+
+def _start(model: str | None, text: str | None, as_json: bool, options: dict[str, Any]) -> None:
+    from koala_local.chat.history import History
+    from koala_local.chat.loader import LoadOptions
+    from koala_local.paths import data_folder
+
+    load = LoadOptions(
+        options["context"], options["gpu_layers"], options["kv_type"], options["template"], options["overflow"]
+    )
+    history = History.open(data_folder())
+    with closing(history):
+        if history.warning:
+            console.warn(history.warning)
+        session = options["session"]
+        if options["resume"]:
+            latest = history.latest()
+            session = latest.id if latest else None
+            if session is None:
+                console.note("there is no session to resume yet: this is a new one")
+        loaded, conversation = _open(model, session, history, load, options)
+        try:
+            _talk(conversation, loaded, load, text, as_json)
+        finally:
+            conversation.close()
+
+
+def _open(
+    model: str | None, session: str | None, history: History, load: LoadOptions, options: dict[str, Any]
+) -> tuple[LoadedModel, Conversation]:
+    """Load the model and begin, or take up, the conversation."""
+    from koala_local.chat.conversation import Conversation
+    from koala_local.chat.kv_files import KvFiles
+    from koala_local.chat.loader import open_model
+    from koala_local.paths import kv_folder
+
+    saved = history.load(session)[0] if session else None
+    last = saved.model if saved and Path(saved.model).exists() else history.setting(_LAST_MODEL)
+    loaded = open_model(model, last, load, console.note)
+    try:
+        sampling = Sampling()
+        for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens"):
+            if options[name] is not None:
+                sampling = with_setting(sampling, name, options[name])
+        conversation = Conversation(
+            loaded.ledger(load.overflow),
+            history,
+            KvFiles(kv_folder()),
+            model=str(loaded.path),
+            sampling=sampling,
+            note=console.note,
+            seed=options["seed"],
+            system="" if saved else options["system"] or "",
+        )
+        if saved:
+            conversation.resume(saved.id)
+            if options["system"] is not None and options["system"] != saved.system:
+                conversation.set_system(options["system"])
+        if model is not None:
+            history.set_setting(_LAST_MODEL, str(loaded.path))
+    except BaseException:
+        loaded.engine.close()
+        raise
+    return loaded, conversation
+
+
+def _talk(conversation: Conversation, loaded: LoadedModel, load: LoadOptions, text: str | None, as_json: bool) -> None:
+    if as_json:
+        from koala_local.chat.pipe import json_lines
+
+        json_lines(conversation, loaded, load, text)
+    elif text is not None:
+        from koala_local.chat.pipe import one_reply
+
+        one_reply(conversation, text)
+    else:
+        from koala_local.chat.repl import Repl
+
+        Repl(conversation, loaded, load).run()
+
+
+@click.group(invoke_without_command=True, short_help="List or remove saved sessions.")
+@click.pass_context
+def sessions(context: click.Context) -> None:
+    """The saved sessions: `list` (the default) or `rm ID`."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_sessions)
+
+
+@sessions.command("list")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def list_sessions(as_json: bool = False) -> None:
+    """Newest first: id, when it was last used, turns, title."""
+    import dataclasses
+    import time
+
+    from koala_local.chat.history import History
+    from koala_local.paths import data_folder
+
+    with closing(History.open(data_folder())) as history:
+        if history.warning:
+            console.warn(history.warning)
+        found = history.sessions()
+    for session in found:
+        if as_json:
+            console.json_line(dataclasses.asdict(session))
+        else:
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.updated))
+            console.out(f"{session.id}  {when}  {session.turns:>4} turns  {session.title}")
+    if not found and not as_json:
+        console.note("there are no saved sessions yet")
+
+
+@sessions.command("rm")
+@click.argument("session_id", metavar="ID")
+def remove_session(session_id: str) -> None:
+    """Remove a session with its KV cache."""
+    from koala_local.chat.history import History
+    from koala_local.chat.kv_files import KvFiles
+    from koala_local.paths import data_folder, kv_folder
+
+    with closing(History.open(data_folder())) as history:
+        session, _ = history.load(session_id)
+        history.remove(session.id)
+    KvFiles(kv_folder()).remove(session.id)
+    console.note(f"removed {session.id}: {session.title or 'no title'}")

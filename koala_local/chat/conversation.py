@@ -1,0 +1,329 @@
+"""One conversation: a tree of turns, kept on disk as it grows and warm in the cache where it was last.
+
+Every operation is a walk in the tree. The path from the root to `head` is what the model sees; a new turn becomes a
+child of `head`, so nothing that was said is ever overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from koala_local.chat.history import History, Node, Session
+from koala_local.chat.kv_files import CacheMiss, KvFiles
+from koala_local.chat.ledger import Answer, Exchange, Ledger
+from koala_local.chat.locks import SessionLock
+from koala_local.dialogue import PromptFormat, Turn
+from koala_local.engine.sampling import Sampling
+from koala_local.errors import KoalaError, SessionError
+
+OnText = Callable[[str], None]
+OnPrefill = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A line of the conversation: its last turn, the number and name to switch to it by."""
+
+    number: int
+    last: Node
+    turns: int
+    current: bool
+
+
+class Conversation:
+    """The state of a chat. `note` is told, in one line each, what the user should know."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        history: History,
+        files: KvFiles,
+        *,
+        model: str,
+        sampling: Sampling,
+        note: Callable[[str], None],
+        seed: int | None = None,
+        system: str = "",
+    ) -> None:
+        """Raises ContextError when the system text is too long."""
+        self.ledger, self.history, self.files = ledger, history, files
+        self.model, self.sampling, self.note = model, sampling, note
+        self._fixed_seed = seed
+        self._lock: SessionLock | None = None
+        ledger.check_system(system)
+        self._begin(system)
+
+    # -- where we are
+
+    def _begin(self, system: str) -> None:
+        self.session: Session | None = None
+        self.system = system
+        self.seed = secrets.randbits(31) if self._fixed_seed is None else self._fixed_seed
+        self.nodes: dict[int, Node] = {}
+        self.head: int | None = None
+        self._owner = True
+        self._saved_ids: list[int] = []
+        self.ledger.cache.adopt([])
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
+
+    @property
+    def key(self) -> str:
+        """Under which vocabulary and format sampled ids mean the same."""
+        return f"{self.ledger.engine.vocabulary.key[:32]}/{self.ledger.format.key}"
+
+    def path(self, head: int | None = None) -> list[Node]:
+        """The turns from the first one to `head` (default: the current one)."""
+        path: list[Node] = []
+        at = self.head if head is None else head
+        while at is not None:
+            path.append(self.nodes[at])
+            at = path[-1].parent
+        return path[::-1]
+
+    def exchanges(self, path: Sequence[Node]) -> list[Exchange]:
+        """The path as the ledger wants it: ids only where they were sampled under this vocabulary and format."""
+        return [
+            Exchange(Turn(node.user, node.reply), node.reply_ids if node.vocabulary == self.key else None)
+            for node in path
+        ]
+
+    def branches(self) -> list[Branch]:
+        """Every line of the tree, oldest first; the current position counts as one even where it goes on."""
+        parents = {node.parent for node in self.nodes.values()}
+        named = {node.id for node in self.nodes.values() if node.name}
+        ends = sorted((self.nodes.keys() - parents) | named | ({self.head} if self.head is not None else set()))
+        return [
+            Branch(number, self.nodes[end], len(self.path(end)), end == self.head)
+            for number, end in enumerate(ends, start=1)
+        ]
+
+    def turn(self, number: int) -> Node:
+        """Turn `number` (from 1) of the current path. Raises KoalaError."""
+        path = self.path()
+        if not 1 <= number <= len(path):
+            raise KoalaError(f"there is no turn {number}", f"this branch has {len(path)} turns")
+        return path[number - 1]
+
+    # -- talking
+
+    def send(self, text: str, on_text: OnText, on_prefill: OnPrefill = lambda done, total: None) -> Answer:
+        """A new turn behind the current one. Raises ContextError or Interrupted with the conversation unchanged."""
+        return self._reply(self.head, text, on_text, on_prefill)
+
+    def regenerate(self, on_text: OnText, on_prefill: OnPrefill = lambda done, total: None) -> Answer:
+        """Another reply to the last message, beside the first one."""
+        last = self.turn(len(self.path()))
+        return self._reply(last.parent, last.user, on_text, on_prefill)
+
+    def edit(self, number: int, text: str, on_text: OnText, on_prefill: OnPrefill = lambda done, total: None) -> Answer:
+        """Say something else at turn `number`; what followed it stays on its own branch."""
+        return self._reply(self.turn(number).parent, text, on_text, on_prefill)
+
+    def _reply(self, parent: int | None, user: str, on_text: OnText, on_prefill: OnPrefill) -> Answer:
+        before = self.path(parent) if parent is not None else []
+        attempt = sum(node.parent == parent for node in self.nodes.values())
+        dropped = before[-1].dropped if before else 0
+        path = [*self.exchanges(before), Exchange(Turn(user))]
+        seed = reply_seed(self.seed, len(before), attempt)
+        answer = self.ledger.reply(self.system, path, dropped, self.sampling, seed, on_text, on_prefill)
+        self._keep(parent, user, answer, attempt)
+        self._tell_dropped(dropped, answer.stats.dropped_turns)
+        return answer
+
+    def _tell_dropped(self, before: int, now: int) -> None:
+        if now > before:
+            which = f"turn {now}" if now == before + 1 else f"turns {before + 1} to {now}"
+            self.note(f"the context is full: {which} left it; the model no longer sees them (they stay saved)")
+
+    def _keep(self, parent: int | None, user: str, answer: Answer, attempt: int) -> None:
+        """Commit a finished turn. When the disk refuses, the conversation goes on unsaved."""
+        dropped = answer.stats.dropped_turns
+        try:
+            if parent is not None and parent < 0:
+                raise SessionError("an earlier turn could not be saved")
+            node = self.history.add_turn(
+                self._saved_session().id,
+                parent=parent,
+                user=user,
+                reply=answer.text,
+                finish=answer.finish,
+                reply_ids=answer.ids,
+                vocabulary=self.key,
+                attempt=attempt,
+                dropped=dropped,
+                move_head=self._owner,
+            )
+        except SessionError as error:
+            self.note(f"this turn is not saved: {error.message}")
+            number = -1 - sum(node < 0 for node in self.nodes)
+            node = Node(
+                id=number, parent=parent, user=user, reply=answer.text, finish=answer.finish, reply_ids=answer.ids,
+                vocabulary=self.key, attempt=attempt, dropped=dropped, name="", created=time.time(),
+            )  # fmt: skip
+        self.nodes[node.id] = node
+        self.head = node.id
+
+    def _saved_session(self) -> Session:
+        if self.session is None:
+            self.session = self.history.create(
+                model=self.model, format=self.ledger.format.name, system=self.system, seed=self.seed
+            )
+            self._lock = self.history.lock(self.session.id)
+        return self.session
+
+    # -- walking the tree
+
+    def undo(self) -> Node:
+        """Step back behind the last turn, which stays on its own branch; returns it."""
+        last = self.turn(len(self.path()))
+        self._move(last.parent)
+        return last
+
+    def branch(self, number: int | None = None, name: str = "") -> None:
+        """Keep the current line, as `name`, and go on behind turn `number` (default: the last) on a new one."""
+        last = self.turn(len(self.path()))
+        target = last if number is None else (self.turn(number) if number else None)
+        if name:
+            if any(node.name == name for node in self.nodes.values()):
+                raise KoalaError(f"there is a branch called {name} already", "choose another name")
+            self.nodes[last.id] = replace(last, name=name)
+            self._try_save(lambda: self.history.name_node(last.id, name))
+        self._move(target.id if target else None)
+
+    def switch(self, reference: str) -> Branch:
+        """Go to the end of a branch, by its number or name. Raises KoalaError."""
+        for branch in self.branches():
+            if reference in (str(branch.number), branch.last.name):
+                self._move(branch.last.id)
+                self.warm()
+                return branch
+        raise KoalaError(f"there is no branch {reference}", "/tree shows them with their numbers")
+
+    def _move(self, head: int | None) -> None:
+        self.head = head
+        if self.session is not None and self._owner and (head is None or head >= 0):
+            session = self.session.id
+            self._try_save(lambda: self.history.set_head(session, head))
+
+    def _try_save(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except SessionError as error:
+            self.note(f"this change is not saved: {error.message}")
+
+    def warm(self) -> None:
+        """Bring the current path into the active slot as far as a held branch has it; evaluates nothing."""
+        path = self.path()
+        dropped = path[-1].dropped if path else 0
+        self.ledger.cache.adopt(self.ledger.ids(self.system, self.exchanges(path), dropped) if path else [])
+
+    # -- sessions
+
+    def new(self, system: str | None = None) -> None:
+        """Begin another conversation. The present one is saved."""
+        self.save()
+        self._begin(self.system if system is None else system)
+
+    def set_system(self, system: str) -> None:
+        """Change the system text of the whole conversation. Raises ContextError, nothing changed."""
+        self.ledger.check_system(system)
+        self.system = system
+        for number, node in self.nodes.items():
+            self.nodes[number] = replace(node, dropped=0)
+        if self.session is not None:
+            session = self.session.id
+            self._try_save(lambda: self.history.update(session, system=system))
+
+    def rename(self, title: str) -> None:
+        """Give the session a title. Raises KoalaError before the first turn."""
+        if self.session is None:
+            raise KoalaError("there is nothing to rename yet", "say something first")
+        self.history.update(self.session.id, title=title)
+        self.session = replace(self.session, title=title)
+
+    def resume(self, session_id: str) -> None:
+        """Go on with a saved session. Says why when old turns must be evaluated again. Raises SessionError."""
+        session, nodes = self.history.load(session_id)
+        self.save()
+        self._begin(session.system)
+        self.session, self.head = session, session.head
+        self.seed = session.seed if self._fixed_seed is None else self._fixed_seed
+        self.nodes = {node.id: node for node in nodes}
+        self._lock = self.history.lock(session.id)
+        self._owner = self._lock is not None
+        if not self._owner:
+            self.note("this session is open in another window: what you say here goes onto a branch of its own")
+        self._restore_cache(session.id)
+
+    def _restore_cache(self, session_id: str) -> None:
+        if not self.nodes:
+            return
+        try:
+            self.ledger.cache.restore(lambda slot: self.files.restore(session_id, self.ledger.engine, slot))
+            self._saved_ids = list(self.ledger.cache.ids)
+        except CacheMiss as miss:
+            self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
+            self.note(f"the next reply evaluates the whole conversation again: {miss}")
+
+    def use_model(self, load: Callable[[], tuple[Ledger, str]], back: Callable[[], Ledger]) -> None:
+        """Go on with another model: (its ledger, its name). The present one makes room first; when the other cannot be
+        loaded, `back` loads it again and the error is raised."""
+        self.save()
+        old_key = self.key
+        self.ledger.engine.close()
+        try:
+            ledger, self.model = load()
+            ledger.check_system(self.system)
+        except KoalaError:
+            self.ledger = back()
+            raise
+        self.ledger = ledger
+        self._ids_changed(old_key)
+
+    def use_format(self, format: PromptFormat) -> None:
+        """Write the prompt in another format from now on."""
+        old_key = self.key
+        self.ledger.use_format(format)
+        self._ids_changed(old_key)
+
+    def _ids_changed(self, old_key: str) -> None:
+        """Text is the truth: under another vocabulary or format its ids are made anew."""
+        self._saved_ids = []
+        if self.key != old_key:
+            self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
+        if self.session is not None:
+            session, name = self.session.id, self.ledger.format.name
+            self._try_save(lambda: self.history.update(session, model=self.model, format=name))
+
+    def save(self) -> None:
+        """Write the KV cache of this session to its file, if it grew since the last time."""
+        ids = self.ledger.cache.ids
+        if self.session is None or not self._owner or not ids or ids == self._saved_ids:
+            return
+        try:
+            self.files.save(self.session.id, self.ledger.engine, self.ledger.cache.active, ids)
+            self._saved_ids = list(ids)
+        except KoalaError as error:
+            self.note(f"the KV cache is not saved, resuming will take longer: {error.message}")
+
+    def close(self) -> None:
+        """Save and let go of everything."""
+        self.save()
+        self._unlock()
+        self.history.close()
+        self.ledger.engine.close()
+
+
+def reply_seed(session_seed: int, turn: int, attempt: int) -> int:
+    """The seed of one reply: a run repeats, another attempt differs. 32 bits."""
+    text = f"{session_seed}/{turn}/{attempt}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")

@@ -1,0 +1,142 @@
+"""From what the user named to a model that is ready to talk: resolve, check, probe, load, choose the prompt format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from koala_local.chat.formats import pick_format
+from koala_local.chat.ledger import Ledger, Overflow
+from koala_local.dialogue import PromptFormat
+from koala_local.engine.llama import LlamaEngine, Placement
+from koala_local.errors import OutOfMemoryError
+from koala_local.models.gguf_header import GgufHeader, read_header
+from koala_local.models.load_probe import probe
+from koala_local.models.resolve import resolve
+
+if TYPE_CHECKING:
+    from koala_local.chat.conversation import Conversation
+
+_DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
+_RESEARCH_ONLY = "research only: Koala's weights follow LLaMA's non-commercial licence and its data's terms of use"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What the command line says about loading; None and `auto` leave the choice to the program."""
+
+    context: int | None = None
+    gpu_layers: int | None = None
+    kv_type: str = "auto"
+    template: str = "auto"
+    overflow: Overflow = "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model, what its header says, and the prompt format chosen for it, with the reason."""
+
+    path: Path
+    header: GgufHeader
+    engine: LlamaEngine
+    format: PromptFormat
+    format_reason: str
+
+    @property
+    def name(self) -> str:
+        return self.header.name or self.path.stem
+
+    def ledger(self, overflow: Overflow) -> Ledger:
+        return Ledger(self.engine, self.format, overflow)
+
+    def choose_format(self, template: str) -> tuple[PromptFormat, str]:
+        """The format named `template` (`auto`, `embedded`, a built-in's name or a file). Raises TemplateError."""
+        return _choose_format(template, self.path, self.header, self.engine)
+
+    def licence_notice(self) -> str:
+        """What the banner must say about the licence, or nothing."""
+        if "koala" in f"{self.name} {self.path.name}".lower() and (self.header.licence or "").lower() != "apache-2.0":
+            return _RESEARCH_ONLY
+        return ""
+
+
+def open_model(
+    reference: str | None, last_used: str | None, options: LoadOptions, note: Callable[[str], None]
+) -> LoadedModel:
+    """Load the model. Raises ModelFileError, TemplateError or OutOfMemoryError."""
+    path = resolve(reference, last_used)
+    header = read_header(path)
+    probe(path)
+    context = options.context or min(header.context_length or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+    engine = _load(path, header, options, context)
+    if engine.context_size > engine.trained_context and not header.metadata.get(
+        f"{header.architecture}.rope.scaling.type"
+    ):
+        note(
+            f"the model was trained on {engine.trained_context} tokens of context, not {engine.context_size}: "
+            "replies get worse beyond that"
+        )
+    if engine.gpu_layers < (options.gpu_layers or 0):
+        note("this build of llama.cpp has no GPU backend: all layers stay on the CPU")
+    try:
+        format, reason = _choose_format(options.template, path, header, engine)
+    except BaseException:
+        engine.close()
+        raise
+    return LoadedModel(path, header, engine, format, reason)
+
+
+def change_model(
+    conversation: Conversation,
+    current: LoadedModel,
+    reference: str,
+    options: LoadOptions,
+    note: Callable[[str], None],
+) -> LoadedModel:
+    """Go on with another model in the same conversation. When it cannot be loaded the current one stays, and the error
+    is raised. The file is checked before the current model makes room for it."""
+    path = resolve(reference, None)
+    read_header(path)
+    probe(path)
+    loaded = current
+
+    def load() -> tuple[Ledger, str]:
+        nonlocal loaded
+        loaded = open_model(str(path), None, options, note)
+        return loaded.ledger(options.overflow), str(path)
+
+    def back() -> Ledger:
+        nonlocal loaded
+        loaded = open_model(str(current.path), None, options, note)
+        return loaded.ledger(options.overflow)
+
+    conversation.use_model(load, back)
+    return loaded
+
+
+def _load(path: Path, header: GgufHeader, options: LoadOptions, context: int) -> LlamaEngine:
+    """`auto` starts with an f16 cache and gives up its precision before anything else leaves memory."""
+    kv_types = ["f16", "q8_0"] if options.kv_type == "auto" else [options.kv_type]
+    for kv_type in kv_types:
+        try:
+            return LlamaEngine(path, header.fingerprint, Placement(context, options.gpu_layers, kv_type))
+        except OutOfMemoryError:
+            if kv_type == kv_types[-1]:
+                raise
+    raise AssertionError("there is always one KV type to try")
+
+
+def _choose_format(template: str, path: Path, header: GgufHeader, engine: LlamaEngine) -> tuple[PromptFormat, str]:
+    vocabulary = engine.vocabulary
+    texts = {token: text for text, token in vocabulary.control.items()}
+    return pick_format(
+        template,
+        model_name=header.name or "",
+        file_name=path.name,
+        template=header.chat_template,
+        vocabulary=vocabulary,
+        bos_text=texts.get(vocabulary.bos, "") if vocabulary.bos is not None else "",
+        eos_text=texts.get(vocabulary.eos, "") if vocabulary.eos is not None else "",
+    )

@@ -1,0 +1,263 @@
+"""The conversation in a terminal: a prompt that edits like a shell's, replies that stream, commands with a slash."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from contextlib import nullcontext
+from queue import SimpleQueue
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app, run_in_terminal
+from prompt_toolkit.enums import DEFAULT_BUFFER
+from prompt_toolkit.filters import Condition, has_focus
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.styles import Style
+from prompt_toolkit.utils import is_dumb_terminal
+from rich.console import RenderableType
+from rich.text import Text
+
+from koala_local import console, nano
+from koala_local.chat import views
+from koala_local.chat.commands import Unsent, run_line, say
+from koala_local.chat.completion import SlashCompleter, message_history
+from koala_local.chat.conversation import Conversation
+from koala_local.chat.ledger import Answer
+from koala_local.chat.loader import LoadedModel, LoadOptions, change_model
+from koala_local.chat.prefill_views import PrefillLine
+from koala_local.chat.render import ReplyView
+from koala_local.chat.status_bar import bar, bar_fields
+from koala_local.chat.streaming import Act, ReplyStream
+from koala_local.chat.terminal import on_ctrl_c, raise_interrupt, silent_keys
+from koala_local.engine.text_stream import plain
+from koala_local.errors import ContextError, Interrupted, KoalaError
+from koala_local.paths import data_folder
+
+IDLE_S = 10.0  # without a key for so long, the KV cache is saved
+_PROMPT = "> "
+_STYLE = Style.from_dict({"prompt": "bold", "bottom-toolbar": "noreverse dim"})
+
+
+class Repl:
+    """One person at a terminal. Satisfies `commands.Front`."""
+
+    def __init__(self, conversation: Conversation, model: LoadedModel, options: LoadOptions) -> None:
+        self.conversation, self.model, self.options = conversation, model, options
+        self.attachments: list[str] = []
+        self.last: Answer | None = None
+        self._console = console.out_console()
+        self._notes: SimpleQueue[str] = SimpleQueue()
+        self.conversation.note = self._notes.put  # it may speak while a reply is drawn, or from another thread
+        self._engine_free = threading.Lock()
+        self._dumb = is_dumb_terminal()
+        self._done = self._leaving = False
+        self._typed = ""  # what the next prompt begins with
+        self._last_key = 0.0
+        self._bar: list[tuple[int, str]] = []
+        self._prompt = self._make_prompt()
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        with on_ctrl_c(lambda: None):  # heard where something can be stopped; half a command leaves nothing sound
+            self._banner()
+            while not self._done:
+                line = self._read()
+                if line.strip():
+                    self._take(line.rstrip())
+
+    # -- as the commands see it
+
+    def answer(self, act: Act) -> None:
+        engine = self.conversation.ledger.engine
+        progress = PrefillLine(self._console)
+        stream = ReplyStream(engine, act, progress.update)
+        keys = nullcontext() if self._dumb else silent_keys()
+        with keys, on_ctrl_c(engine.interrupt), ReplyView(self._console) as view:
+            try:
+                for text in stream:
+                    progress.stop()
+                    view.feed(text)
+            finally:
+                progress.stop()
+        self.last = stream.answer()
+        self._tell_end(self.last)
+
+    def show(self, content: RenderableType) -> None:
+        self._console.print(Text(plain(content)) if isinstance(content, str) else content)
+
+    def ask_text(self, prompt: str, default: str) -> str | None:
+        try:
+            if self._dumb:
+                return self._read_dumb(f"{plain(default)}\n{prompt}")
+            asking: PromptSession[str] = PromptSession(multiline=True, key_bindings=_sending_keys(), style=_STYLE)
+            return asking.prompt([("class:prompt", prompt)], default=default)
+        except (KeyboardInterrupt, EOFError):
+            return None
+
+    def change_model(self, reference: str) -> None:
+        self.model = change_model(self.conversation, self.model, reference, self.options, self._notes.put)
+
+    def quit(self) -> None:
+        self._done = True
+
+    # -- reading
+
+    def _make_prompt(self) -> PromptSession[str]:
+        prompt: PromptSession[str] = PromptSession(
+            [("class:prompt", _PROMPT)],
+            multiline=True,
+            prompt_continuation=" " * len(_PROMPT),
+            key_bindings=self._keys(),
+            history=message_history(data_folder()),
+            completer=SlashCompleter(self),
+            complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
+            bottom_toolbar=lambda: bar(self._bar, get_app().output.get_size().columns),
+            enable_open_in_editor=True,
+            tempfile_suffix=".md",
+            style=_STYLE,
+        )
+        prompt.default_buffer.on_text_changed += lambda _: self._key_pressed()
+        return prompt
+
+    def _keys(self) -> KeyBindings:
+        keys = _sending_keys()
+
+        @keys.add("c-c", filter=has_focus(DEFAULT_BUFFER))
+        def _clear_or_leave(event: KeyPressEvent) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.erase_when_done = True
+                event.app.exit(exception=KeyboardInterrupt)
+
+        return keys
+
+    def _key_pressed(self) -> None:
+        self._last_key = time.monotonic()
+        self._leaving = False
+
+    def _read(self) -> str:
+        """What the user sends; "" where nothing is to be done, or the user leaves."""
+        typed, self._typed = self._typed, ""
+        try:
+            if self._dumb:
+                text = self._read_dumb(f"not sent: {plain(typed)}\n{_PROMPT}" if typed else _PROMPT)
+            else:
+                text = self._read_line(typed)
+        except KeyboardInterrupt:
+            self._done, self._leaving = self._leaving, True
+            if not self._done:
+                self.show(Text("Ctrl-C again leaves, as does Ctrl-D", "dim"))
+            return ""
+        except EOFError:
+            self._done = True
+            return ""
+        self._leaving = False
+        return text
+
+    def _read_line(self, typed: str) -> str:
+        self._bar = bar_fields(self.model, self.conversation, self.last)
+        self._last_key = time.monotonic()
+        self._prompt.app.erase_when_done = False
+        return self._prompt.prompt(default=typed, pre_run=self._begin_idle)
+
+    def _read_dumb(self, prompt: str) -> str:
+        """A terminal that cannot move its cursor edits the line itself."""
+        with on_ctrl_c(raise_interrupt):
+            try:
+                return input(prompt)
+            except (KeyboardInterrupt, EOFError):
+                self.show("")
+                raise
+
+    def _begin_idle(self) -> None:
+        get_app().create_background_task(self._save_when_idle())
+
+    async def _save_when_idle(self) -> None:
+        """Save the KV cache while nobody types. The prompt stays as it is; leaving it waits for the save to end."""
+        while (quiet := time.monotonic() - self._last_key) < IDLE_S:
+            await asyncio.sleep(IDLE_S - quiet)
+        await asyncio.get_running_loop().run_in_executor(None, self._save)
+        if not self._notes.empty():
+            await run_in_terminal(self._tell_notes)
+
+    def _save(self) -> None:
+        with self._engine_free:
+            self.conversation.save()
+
+    # -- doing
+
+    def _take(self, line: str) -> None:
+        """Send a message or run a command. Whatever goes wrong is told, and the conversation goes on."""
+        try:
+            with self._engine_free:
+                if line.startswith("/"):
+                    run_line(self, line)
+                else:
+                    say(self, line)
+        except Interrupted as stop:
+            self._typed = stop.line if isinstance(stop, Unsent) else line
+            self.show(Text("stopped before the first token: nothing is sent", "dim"))
+        except KoalaError as error:
+            self._typed = line if isinstance(error, ContextError) else ""
+            self._complain(error.message, error.hint)
+        except Exception as error:  # a defect in one command must not take the conversation with it
+            self._complain(f"internal error: {type(error).__name__}: {error}", "please report it; you can go on")
+        self._tell_notes()
+        if not self._done:
+            self.show("")
+
+    def _complain(self, message: str, hint: str) -> None:
+        self.show(Text(views.one_line(message, 1000), "red"))
+        if hint:
+            self.show(Text(views.one_line(hint, 1000), "dim"))
+
+    def _tell_notes(self) -> None:
+        while not self._notes.empty():
+            self.show(Text(views.one_line(self._notes.get(), 1000), "yellow"))
+
+    def _tell_end(self, answer: Answer) -> None:
+        limit = self.conversation.sampling.max_tokens
+        if answer.finish == "interrupted":
+            self.show(Text("stopped; what is written is kept", "dim"))
+        elif answer.finish == "length" and limit and answer.stats.generated_tokens >= limit:
+            self.show(Text(f"cut at {limit} tokens: /set max_tokens changes that", "dim"))
+        elif answer.finish == "length":
+            self.show(Text("cut: the context is full with this turn alone", "dim"))
+        elif not answer.text.strip():
+            self.show(Text("an empty reply; /regen tries again", "dim"))
+
+    def _banner(self) -> None:
+        model, engine = self.model, self.conversation.ledger.engine
+        self.show(Text(views.one_line(model.name, 60), "bold").append(f"  {views.describe(model)}", "not bold dim"))
+        format, reason = self.conversation.ledger.format.name, model.format_reason
+        self.show(Text(plain(f"context {engine.context_size} tokens, prompt format {format} ({reason})"), "dim"))
+        if model.path.resolve() == nano.MODEL_PATH.resolve():
+            self.show("This is a miniature that came along. A real model: koala chat FILE.gguf")
+        if notice := model.licence_notice():
+            self.show(Text(notice, "yellow"))
+        self._tell_notes()
+        self.show(Text("/help lists the commands", "dim"))
+        self.show("")
+        if self.conversation.path():
+            self.show(views.recap(self.conversation))
+            self.show("")
+
+
+def _sending_keys() -> KeyBindings:
+    """Enter sends; Alt-Enter and Ctrl-J begin a new line."""
+    keys = KeyBindings()
+    typing = has_focus(DEFAULT_BUFFER)  # and not searching
+
+    @keys.add("enter", filter=typing)
+    def _send(event: KeyPressEvent) -> None:
+        if event.current_buffer.text.strip():
+            event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=typing)
+    @keys.add("c-j", filter=typing)
+    def _new_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return keys

@@ -1,0 +1,47 @@
+"""The terminal while a reply is written: Ctrl-C, and what is typed meanwhile."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
+
+@contextmanager
+def on_ctrl_c(act: Callable[[], None]) -> Iterator[None]:
+    """Within, Ctrl-C calls `act`, in the main thread, and does nothing else."""
+    before = signal.signal(signal.SIGINT, lambda _, __: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def raise_interrupt() -> NoReturn:
+    """What Python does on Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def silent_keys() -> Iterator[None]:
+    """Within, what is typed is not shown; the next prompt gets it."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    keys = sys.stdin.fileno()
+    before = termios.tcgetattr(keys)
+    silent = termios.tcgetattr(keys)
+    silent[0] &= ~termios.ICRNL  # so that Enter stays Enter
+    silent[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(keys, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keys, termios.TCSANOW, before)

@@ -1,0 +1,198 @@
+"""The only module that prints: results go to stdout, all else to stderr, and every failure ends here in two lines.
+
+`run` is the one funnel for errors. What it prints is free of terminal escapes, whatever file or model it came from.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import IntEnum
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from koala_local.errors import Interrupted, KoalaError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from rich.console import Console
+
+
+class Exit(IntEnum):
+    """What the program's exit status tells. A signal's is 128 and its number, as a shell has it."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    HANGUP = 129
+    INTERRUPTED = 130
+    BROKEN_PIPE = 141
+    TERMINATED = 143
+
+
+class UsageError(Exception):
+    """A command line that makes no sense: `message` says why, `hint` what to run instead."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+def out(text: str, *, end: str = "\n") -> None:
+    """Write a result to stdout."""
+    _write(sys.stdout, text, end)
+
+
+def json_line(content: object) -> None:
+    """Write one line of JSON to stdout. In ASCII: nothing in it can act on a terminal, and nothing is lost."""
+    _write(sys.stdout, json.dumps(content, ensure_ascii=True), "\n")
+
+
+def note(text: str) -> None:
+    """Tell the user something that is no result."""
+    _write(sys.stderr, text, "\n")
+
+
+def warn(text: str) -> None:
+    """Tell the user what may be amiss, in one line."""
+    note(f"koala: warning: {_one_line(text)}")
+
+
+def out_console() -> Console:
+    """A rich console on stdout. Rich itself honours NO_COLOR, TERM=dumb and a stdout that is no terminal."""
+    return _console(stderr=False)
+
+
+def err_console() -> Console:
+    """A rich console on stderr."""
+    return _console(stderr=True)
+
+
+def as_text(content: object) -> str:
+    """What a text, or anything rich can print, looks like without colours."""
+    if isinstance(content, str):
+        return _plain(content)
+    page = io.StringIO()
+    _console(file=page, width=100, force_terminal=False, color_system=None).print(content)
+    return _plain(page.getvalue().rstrip("\n"))
+
+
+def run(command: Callable[[], int | None], *, tracebacks: bool = False) -> int:
+    """Run `command` and return the exit status: its own, or that of the error it ended with, which is printed."""
+    _make_streams_utf8()
+    with _stop_signals():
+        try:
+            status = command() or Exit.OK
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        except BaseException as error:
+            status = _report(error, tracebacks)
+    _abandon_if_broken(sys.stdout)
+    _abandon_if_broken(sys.stderr)
+    return status
+
+
+def _report(error: BaseException, tracebacks: bool) -> Exit:
+    """Print what `error` means to the user and return its exit status."""
+    if isinstance(error, BrokenPipeError):
+        return Exit.BROKEN_PIPE  # the reader has seen enough, as with `koala .. | head`
+    with suppress(OSError):  # nobody may be reading stderr
+        if tracebacks:
+            note("".join(traceback.format_exception(error)).rstrip())
+        _explain(error)
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return Exit.INTERRUPTED
+    return Exit.USAGE if isinstance(error, UsageError) else Exit.ERROR
+
+
+def _explain(error: BaseException) -> None:
+    match error:
+        case Interrupted() | KeyboardInterrupt():
+            if sys.stderr and sys.stderr.isatty():
+                note("")  # ends the line on which the terminal shows ^C
+        case KoalaError() | UsageError():
+            _report_error("error", error.message, error.hint)
+        case OSError():
+            where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
+            _report_error("error", f"{error.strerror or error}{where}", "--traceback shows where it happened")
+        case _:
+            what = f"{type(error).__name__}: {error}"
+            _report_error("internal error", what, "run it again with --traceback and report what it prints")
+
+
+def _report_error(kind: str, message: str, hint: str) -> None:
+    note(f"koala: {kind}: {_one_line(message)}")
+    if hint:
+        note(f"hint: {_one_line(hint)}")
+
+
+def _write(stream: IO[str] | None, text: str, end: str) -> None:
+    if stream is not None:  # None: it was closed before the program started
+        print(_plain(text), end=end, file=stream, flush=True)
+
+
+def _plain(text: str) -> str:
+    if text.isascii() and text.isprintable():
+        return text
+    from koala_local.engine.text_stream import plain
+
+    return plain(text)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in _plain(text).splitlines() if line.strip())
+
+
+def _console(**options: Any) -> Console:
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def _make_streams_utf8() -> None:
+    """Whatever the locale: no character makes printing fail."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors=errors)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Turn the first SIGTERM, and a SIGHUP from a closed terminal, into SystemExit, so that `finally` blocks run. The
+    second one ends the program at once. Signals that someone ignores or handles already are left alone."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    for number in numbers:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
+
+
+def _abandon_if_broken(stream: IO[str] | None) -> None:
+    """Where the rest of the output cannot be written, let it go to nowhere, or Python would complain once more."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

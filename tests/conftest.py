@@ -1,0 +1,59 @@
+"""What every test gets: a home folder of its own, and no way to reach another machine."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("koala", deadline=None, database=None, print_blob=True)
+settings.load_profile("koala")
+
+
+@pytest.fixture(autouse=True)
+def koala_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that stands for the user's data, config and cache folders, in this process and its children."""
+    home = tmp_path_factory.mktemp("koala-home")
+    monkeypatch.setenv("KOALA_HOME", str(home))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections and name look-ups beyond this machine fail."""
+    connect, connect_ex, getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
+
+    def guarded_connect(self: socket.socket, address: Any) -> None:
+        _refuse_remote(address)
+        connect(self, address)
+
+    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
+        _refuse_remote(address)
+        return connect_ex(self, address)
+
+    def guarded_getaddrinfo(host: Any, *arguments: Any, **options: Any) -> Any:
+        _refuse_remote((host,))
+        return getaddrinfo(host, *arguments, **options)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+
+
+def _refuse_remote(address: Any) -> None:
+    """Raise unless `address` is of this machine: a Unix socket's path, or a host that is loopback."""
+    host = address[0] if isinstance(address, tuple) else None
+    if host is None or host in ("", "localhost", b"localhost") or _is_loopback(host):
+        return
+    raise RuntimeError(f"a test tried to reach {host!r}")
+
+
+def _is_loopback(host: str | bytes) -> bool:
+    try:
+        return ipaddress.ip_address(host.decode() if isinstance(host, bytes) else host).is_loopback
+    except ValueError:
+        return False

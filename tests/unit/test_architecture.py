@@ -1,0 +1,150 @@
+"""Who may import whom. The rules are those of docs/development.md."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "koala_local"
+NOT_FOR_HELP = [
+    *("llama_cpp", "prompt_toolkit", "rich", "jinja2", "huggingface_hub", "numpy", "torch"),
+    *("gguf", "platformdirs", "pygments", "sqlite3", "koala_local.chat", "koala_local.engine", "koala_local.models"),
+]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules that match `where`, but not `except_in`, import none of `banned` or of what lies below it."""
+
+    banned: tuple[str, ...]
+    where: str = "*"
+    except_in: tuple[str, ...] = ()
+
+
+RICH = ("console.py", *(f"chat/{name}.py" for name in ("render", "markdown", "repl", "commands", "front", "*views")))
+
+RULES = [
+    Rule(("koala_local.chat", "koala_local.dialogue"), where="engine/*"),
+    Rule(("koala_local.chat",), where="models/*"),
+    Rule(("torch", "transformers"), except_in=("engine/gptq.py",)),
+    Rule(("rich",), except_in=RICH),
+    Rule(("click",), except_in=("cli.py", "*/command.py")),
+    Rule(("prompt_toolkit",), except_in=("chat/*",)),
+    Rule(("koala_local.cli",)),
+    Rule(("koala_local.chat.command",), except_in=("cli.py",)),
+]
+GROUND = ("dialogue.py", "errors.py")
+
+
+def violations(package: Path) -> list[str]:
+    """Every import and every `print` below `package` that a rule forbids, as "file:line: what"."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+                forbidden = {"print"} - ({"print"} if name == "console.py" else set())
+            else:
+                forbidden = {module for module in imported(node, name) if is_forbidden(name, module)}
+            found += [f"{name}:{getattr(node, 'lineno', 0)}: {what}" for what in sorted(forbidden)]
+    return found
+
+
+def imported(node: ast.AST, name: str) -> set[str]:
+    """The absolute names that an import statement in the file `name` makes available."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if not isinstance(node, ast.ImportFrom):
+        return set()
+    above = ["koala_local", *Path(name).parent.parts]
+    base = (
+        ".".join([*above[: len(above) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
+    )
+    return {f"{base}.{alias.name}" for alias in node.names}
+
+
+def is_forbidden(name: str, module: str) -> bool:
+    root = module.partition(".")[0]
+    if name in GROUND and root not in sys.stdlib_module_names and not is_below(module, "koala_local.errors"):
+        return True
+    return any(
+        fnmatch(name, rule.where)
+        and not any(fnmatch(name, exception) for exception in rule.except_in)
+        and any(is_below(module, banned) for banned in rule.banned)
+        for rule in RULES
+    )
+
+
+def is_below(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def test_every_module_keeps_the_rules() -> None:
+    found = violations(PACKAGE)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("dialogue.py", "import numpy"),
+        ("errors.py", "from jinja2 import Environment"),
+        ("dialogue.py", "from koala_local.engine import base"),
+        ("dialogue.py", "from . import paths"),
+        ("engine/llama.py", "from koala_local.dialogue import Turn"),
+        ("engine/llama.py", "from koala_local import dialogue"),
+        ("engine/llama.py", "from ..chat.ledger import Ledger"),
+        ("engine/llama.py", "def late():\n    import koala_local.chat.ledger"),
+        ("models/store.py", "from koala_local import chat"),
+        ("models/store.py", "import torch"),
+        ("chat/ledger.py", "from transformers import AutoModel"),
+        ("chat/ledger.py", "from rich.text import Text"),
+        ("chat/ledger.py", "import click"),
+        ("chat/ledger.py", "from .command import chat"),
+        ("models/store.py", "import prompt_toolkit.history"),
+        ("models/store.py", "from koala_local.cli import koala"),
+        ("chat/repl.py", "def show():\n    print('text')"),
+    ],
+)
+def test_a_broken_rule_is_found(tmp_path: Path, name: str, source: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(source)
+    assert len(violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        (
+            "dialogue.py",
+            "import re\nfrom collections.abc import Iterator\nfrom koala_local.errors import TemplateError",
+        ),
+        ("engine/gptq.py", "import torch"),
+        ("chat/render.py", "from rich.text import Text"),
+        ("chat/command.py", "import click"),
+        ("cli.py", "import click\nimport koala_local.chat.command"),
+        ("console.py", "print('text')"),
+        ("chat/ledger.py", "from koala_local.engine.base import Engine\nfrom koala_local.dialogue import Turn"),
+    ],
+)
+def test_what_is_allowed_is_not_found(tmp_path: Path, name: str, source: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(source)
+    assert violations(tmp_path) == []
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_imports_nothing_heavy(option: str) -> None:
+    code = (
+        "import sys; from koala_local.cli import main; main();"
+        f"sys.exit(', '.join(name for name in {NOT_FOR_HELP!r} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+    assert "koala" in done.stdout

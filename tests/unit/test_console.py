@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pexpect
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from koala_local import console
+from koala_local.errors import Interrupted, KoalaError, ModelFileError
+
+PRELUDE = "import sys, time\nfrom koala_local import console\nfrom koala_local.errors import *\n"
+
+
+def script(body: str, *, tracebacks: bool = False) -> list[str]:
+    """A program whose command is `body`."""
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    run = f"sys.exit(console.run(command, tracebacks={tracebacks}))"
+    return [sys.executable, "-c", f"{PRELUDE}def command():\n{lines}{run}"]
+
+
+def run(
+    body: str, *, tracebacks: bool = False, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        script(body, tracebacks=tracebacks),
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, **(environment or {})},
+        timeout=30,
+        check=False,
+    )
+
+
+def fail_with(error: BaseException) -> tuple[int, str]:
+    """The exit status and stderr of a command that raises `error`, run in this process."""
+
+    def command() -> int:
+        raise error
+
+    with redirect_stderr(io.StringIO()) as stderr, redirect_stdout(io.StringIO()) as stdout:
+        status = console.run(command)
+    assert stdout.getvalue() == ""
+    return status, stderr.getvalue()
+
+
+def test_results_go_to_stdout_and_all_else_to_stderr() -> None:
+    done = run("console.out('result')\nconsole.note('a note')\nconsole.warn('amiss')\nreturn 0")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "result\n", "a note\nkoala: warning: amiss\n")
+
+
+@pytest.mark.parametrize(("returned", "status"), [("None", 0), ("0", 0), ("7", 7)])
+def test_a_command_returns_its_exit_status(returned: str, status: int) -> None:
+    assert run(f"return {returned}").returncode == status
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "stderr"),
+    [
+        (KoalaError("it broke", "mend it"), 1, "koala: error: it broke\nhint: mend it\n"),
+        (ModelFileError("no hint here"), 1, "koala: error: no hint here\n"),
+        (console.UsageError("no such thing", "see --help"), 2, "koala: error: no such thing\nhint: see --help\n"),
+        (Interrupted(), 130, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(5), 5, ""),
+        (SystemExit(None), 0, ""),
+        (BrokenPipeError(), 141, ""),
+        (
+            PermissionError(13, "Permission denied", "/some/file"),
+            1,
+            "koala: error: Permission denied: /some/file\nhint: --traceback shows where it happened\n",
+        ),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "koala: internal error: ZeroDivisionError: division by zero\n"
+            "hint: run it again with --traceback and report what it prints\n",
+        ),
+    ],
+)
+def test_every_error_has_its_words_and_exit_status(error: BaseException, status: int, stderr: str) -> None:
+    assert fail_with(error) == (status, stderr)
+
+
+def test_escapes_and_newlines_in_an_error_do_not_reach_the_terminal() -> None:
+    status, stderr = fail_with(KoalaError("bad \x1b]52;c;ZXZpbA==\x07name\nsecond\r\nline\x9b31m", "do\n\nthis\x1b[2J"))
+    assert (status, stderr) == (1, "koala: error: bad name second line\nhint: do this\n")
+
+
+@given(st.text(), st.text())
+def test_any_message_is_one_line_and_any_hint_another(message: str, hint: str) -> None:
+    _, stderr = fail_with(KoalaError(message, hint))
+    lines = stderr.splitlines()
+    assert len(lines) <= 2
+    assert lines[0].startswith("koala: error:")
+    assert not any(ord(char) < 32 or 127 <= ord(char) < 160 for line in lines for char in line if char != "\t")
+
+
+def test_a_traceback_is_shown_only_when_asked_for() -> None:
+    failing = "raise KoalaError('it broke', 'mend it')"
+    assert "Traceback" not in run(failing).stderr
+    shown = run(failing, tracebacks=True)
+    assert shown.stderr.startswith("Traceback (most recent call last):\n")
+    assert shown.stderr.endswith("\nkoala: error: it broke\nhint: mend it\n")
+    assert shown.returncode == 1
+    assert "ZeroDivisionError" in run("1 / 0", tracebacks=True).stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_runs_the_finally_blocks(number: int, status: int) -> None:
+    body = "try:\n  console.out('ready')\n  time.sleep(30)\nfinally:\n  console.out('cleaned up')"
+    with subprocess.Popen(script(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=10) == ("cleaned up\n", "")
+    assert process.returncode == status
+
+
+def test_a_second_sigterm_ends_the_program_at_once() -> None:
+    body = "try:\n  console.out('ready')\n  time.sleep(30)\nfinally:\n  console.out('cleaning')\n  time.sleep(30)"
+    with subprocess.Popen(script(body), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in ("ready\n", "cleaning\n"):
+            assert process.stdout.readline() == line
+            process.terminate()
+        assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+def test_nohup_is_respected() -> None:
+    body = "console.out('ready')\ntime.sleep(0.3)\nconsole.out('still here')"
+    argv = script(f"import signal\n{body}")
+    with subprocess.Popen(["nohup", *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        assert process.communicate(timeout=10)[0] == "still here\n"
+    assert process.returncode == 0
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    program = script("for number in range(100000): console.out(f'line {number}')")
+    pipe = ["bash", "-c", '"$@" | head -n 1; echo "status ${PIPESTATUS[0]}"', "bash", *program]
+    shell = subprocess.run(pipe, capture_output=True, text=True, timeout=30, check=True)
+    assert (shell.stdout, shell.stderr) == ("line 0\nstatus 141\n", "")
+
+
+def test_a_full_disk_behind_stdout_is_one_error() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            script("console.out('text')"), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("koala: error: No space left on device\nhint: ")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_do_no_harm(closing: str) -> None:
+    argv = script("console.out('result')\nconsole.note('note')\nconsole.json_line({})\nreturn 4")
+    shell = ["bash", "-c", f'"$@" {closing}', "bash", *argv]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert done.stdout == ("" if closing.startswith(">") else "result\n{}\n")
+
+
+def test_any_character_can_be_printed_in_a_c_locale() -> None:
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    body = r"console.out('\xe9 \U0001f428 \udcff'); console.note('\xfc \ud800'); raise KoalaError('\xf1')"
+    done = run(body, environment=locale)
+    assert done.stdout == "é 🐨 \N{REPLACEMENT CHARACTER}\n"
+    assert done.stderr == "ü \N{REPLACEMENT CHARACTER}\nkoala: error: ñ\n"
+
+
+def test_json_lines_carry_any_text_and_are_ascii() -> None:
+    content = {"text": "é\x1b[31m\x9b\u2028\n🐨", "number": 1.5, "list": [None, True]}
+    with redirect_stdout(io.StringIO()) as stdout:
+        console.json_line(content)
+    line = stdout.getvalue()
+    assert line.isascii()
+    assert line.count("\n") == 1
+    assert json.loads(line) == content
+
+
+@pytest.mark.parametrize("write", [console.out, console.note, console.warn])
+def test_no_escape_sequence_is_printed(write: Callable[[str], None]) -> None:
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
+        write("one\x1b]0;title\x07 two\x1b[31m\tthree")
+    assert (stdout.getvalue() + stderr.getvalue()).endswith("one two\tthree\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "seen", "unseen"),
+    [
+        ({"TERM": "xterm-256color"}, "\x1b[31mred", ""),
+        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, "red", "\x1b[31m"),
+        ({"TERM": "dumb"}, "red", "\x1b"),
+    ],
+)
+def test_rich_output_honours_the_terminal(environment: dict[str, str], seen: str, unseen: str) -> None:
+    inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    program, *arguments = script("console.out_console().print('red', style='red')")
+    child = pexpect.spawn(program, arguments, env={**inherited, **environment}, encoding="utf-8", timeout=20)
+    child.expect(pexpect.EOF)
+    assert seen in child.before
+    assert not unseen or unseen not in child.before
+
+
+def test_what_rich_prints_as_plain_text() -> None:
+    from rich.table import Table
+
+    table = Table("name", "tokens")
+    table.add_row("[bold]koala[/]", "12")
+    text = console.as_text(table)
+    assert "[bold]koala[/]" in text
+    assert "12" in text
+    assert "\x1b" not in text
+    assert console.as_text("a\x1b[31mb") == "ab"

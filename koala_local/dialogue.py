@@ -147,7 +147,7 @@ def _alpaca(dialogue: Dialogue) -> Iterator[Segment]:
 
 
 def _llama2(dialogue: Dialogue) -> Iterator[Segment]:
-    """Llama-2-chat: each exchange between its own BOS and EOS, the system text inside the first; messages are stripped."""
+    """Llama-2-chat: each exchange between its own BOS and EOS, the system text inside the first; messages stripped."""
     system = f"<<SYS>>\n{dialogue.system}\n<</SYS>>\n\n" if dialogue.system else ""
     for index, turn in enumerate(dialogue.turns):
         yield BOS

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,15 @@ def pip(what: str, arguments: "list[str]", settings: "dict[str, str]") -> None:
             except subprocess.TimeoutExpired:
                 elapsed = int(time.monotonic() - started)
                 say(f"{what}: {elapsed // 60}:{elapsed % 60:02}")
-            except BaseException:
+            except KeyboardInterrupt:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(10)  # pip got the same Ctrl-C and tidies up
                 process.terminate()
                 raise
     if process.returncode:
-        print(*LOG.read_text(errors="replace").splitlines()[-15:], sep="\n", file=sys.stderr)
-        fail(f"{what} failed; the whole log is {LOG}")
+        print(*LOG.read_text(errors="replace").splitlines()[-30:], sep="\n", file=sys.stderr)
+        how = f"was killed by signal {-process.returncode}" if process.returncode < 0 else "failed"
+        fail(f"{what} {how}; the whole log is {LOG}")
 
 
 def make_venv() -> None:
@@ -75,7 +79,8 @@ def build_llama(backend: str, why: str, replace: bool) -> None:
     # pip's cache does not tell builds for different backends apart, so only CPU builds may come from it or go to it.
     fresh = ["--no-cache-dir"] if backend != "cpu" else []
     again = ["--force-reinstall", "--no-deps"] if replace else []
-    pip("building llama.cpp", ["llama-cpp-python", *fresh, *again], build_settings(backend))
+    what = "building llama.cpp" + (f" for {backend.upper()} (BACKEND=cpu would do without)" if backend != "cpu" else "")
+    pip(what, ["llama-cpp-python", *fresh, *again], build_settings(backend))
     command = [str(VENV / "bin/python"), "-c", PROBE]
     probe = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
     if probe.returncode not in (0, 3):

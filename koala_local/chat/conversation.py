@@ -91,10 +91,16 @@ class Conversation:
 
     def exchanges(self, path: Sequence[Node]) -> list[Exchange]:
         """The path as the ledger wants it: ids only where they were sampled under this vocabulary and format."""
+        key = self.key
         return [
-            Exchange(Turn(node.user, node.reply), node.reply_ids if node.vocabulary == self.key else None)
+            Exchange(Turn(node.user, node.reply), self._held_ids(node) if node.vocabulary == key else None)
             for node in path
         ]
+
+    @staticmethod
+    def _held_ids(node: Node) -> tuple[int, ...] | None:
+        """A damaged row has lost its ids."""
+        return node.reply_ids if node.reply_ids or not node.reply else None
 
     def branches(self) -> list[Branch]:
         """Every line of the tree, oldest first; the current position counts as one even where it goes on."""
@@ -145,32 +151,49 @@ class Conversation:
             self.note(f"the context is full: {which} left it; the model no longer sees them (they stay saved)")
 
     def _keep(self, parent: int | None, user: str, answer: Answer, attempt: int) -> None:
-        """Commit a finished turn. When the disk refuses, the conversation goes on unsaved."""
-        dropped = answer.stats.dropped_turns
-        try:
-            if parent is not None and parent < 0:
-                raise SessionError("an earlier turn could not be saved")
-            node = self.history.add_turn(
-                self._saved_session().id,
-                parent=parent,
-                user=user,
-                reply=answer.text,
-                finish=answer.finish,
-                reply_ids=answer.ids,
-                vocabulary=self.key,
-                attempt=attempt,
-                dropped=dropped,
-                move_head=self._owner,
-            )
-        except SessionError as error:
-            self.note(f"this turn is not saved: {error.message}")
-            number = -1 - sum(node < 0 for node in self.nodes)
-            node = Node(
-                id=number, parent=parent, user=user, reply=answer.text, finish=answer.finish, reply_ids=answer.ids,
-                vocabulary=self.key, attempt=attempt, dropped=dropped, name="", created=time.time(),
-            )  # fmt: skip
+        """Commit a finished turn. While the disk refuses, turns wait in memory, with negative ids."""
+        node = Node(
+            id=min([0, *self.nodes]) - 1,
+            parent=parent,
+            user=user,
+            reply=answer.text,
+            finish=answer.finish,
+            reply_ids=answer.ids,
+            vocabulary=self.key,
+            attempt=attempt,
+            dropped=answer.stats.dropped_turns,
+            name="",
+            created=time.time(),
+        )
         self.nodes[node.id] = node
         self.head = node.id
+        try:
+            for waiting in sorted((number for number in self.nodes if number < 0), reverse=True):
+                self._commit(self.nodes[waiting])
+        except SessionError as error:
+            self.note(f"this turn is not saved yet: {error.message}")
+
+    def _commit(self, node: Node) -> None:
+        """Save one turn; its id becomes the saved one, everywhere. Raises SessionError, nothing changed."""
+        saved = self.history.add_turn(
+            self._saved_session().id,
+            parent=node.parent,
+            user=node.user,
+            reply=node.reply,
+            finish=node.finish,
+            reply_ids=node.reply_ids,
+            vocabulary=node.vocabulary,
+            attempt=node.attempt,
+            dropped=node.dropped,
+            move_head=self._owner and self.head == node.id,
+        )
+        del self.nodes[node.id]
+        self.nodes[saved.id] = saved
+        for number, child in self.nodes.items():
+            if child.parent == node.id:
+                self.nodes[number] = replace(child, parent=saved.id)
+        if self.head == node.id:
+            self.head = saved.id
 
     def _saved_session(self) -> Session:
         if self.session is None:

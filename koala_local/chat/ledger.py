@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from koala_local.dialogue import BOS, EOS, Control, Dialogue, PromptFormat, Reply, Segment, Text, Turn
 from koala_local.engine.base import Engine
 from koala_local.engine.cache import PrefixCache, common_prefix
-from koala_local.engine.plain_text import plain_ids
+from koala_local.engine.plain_text import PlainText
 from koala_local.engine.sampling import Sampling
 from koala_local.engine.text_stream import TextStream
 from koala_local.errors import ContextError, Interrupted
@@ -77,21 +78,22 @@ class Ledger:
 
     def __init__(self, engine: Engine, format: PromptFormat, overflow: Overflow = "exact") -> None:
         self.engine = engine
-        self.format = format
         self.overflow: Overflow = overflow if engine.can_shift else "exact"
         self.cache = PrefixCache(engine)
-        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
+        self.use_format(format)
 
     def use_format(self, format: PromptFormat) -> None:
         """Write prompts in another format from now on; the cache keeps what both have in common."""
         self.format = format
-        self._known.clear()
+        self._segments = lru_cache(maxsize=8)(format.segments)  # one reply asks for the same prompts again
+        self._content = PlainText(self.engine, format.markers)
+        self._known: dict[tuple[str, bool], tuple[int, ...]] = {}
 
     def pieces(self, system: str, path: Sequence[Exchange], dropped: int = 0) -> list[Piece]:
         """The token ids of a path without its `dropped` oldest turns, segment by segment."""
         kept = path[dropped:]
         dialogue = Dialogue(tuple(exchange.turn for exchange in kept), system)
-        return [self._piece(segment, kept) for segment in self.format.segments(dialogue)]
+        return [self._piece(segment, kept) for segment in self._segments(dialogue)]
 
     def _piece(self, segment: Segment, kept: Sequence[Exchange]) -> Piece:
         match segment:
@@ -116,7 +118,7 @@ class Ledger:
     def _text_ids(self, text: str, *, continues: bool) -> tuple[int, ...]:
         key = (text, continues)
         if key not in self._known:
-            self._known[key] = tuple(plain_ids(self.engine, text, self.format.markers, continues=continues))
+            self._known[key] = tuple(self._content.ids(text, continues=continues))
         return self._known[key]
 
     def _reply_ids(self, reply: Reply) -> tuple[int, ...]:
@@ -346,6 +348,6 @@ class _Writing:
             longer = data + self._engine.piece(token)
             if len(longer) > kept:
                 rest = longer[len(data) : kept].decode("utf-8", "replace")
-                self._ids[index:] = plain_ids(self._engine, rest, (), continues=True) if rest else []
+                self._ids[index:] = PlainText(self._engine).ids(rest, continues=True) if rest else []
                 return
             data = longer

@@ -97,7 +97,7 @@ class _Table(TableElement):
         columns = list(zip(*rows, strict=True))
         least = [max(cell_len(word) for cell in column for word in ("", *cell.plain.split())) for column in columns]
         wanted = [max(cell_len(cell.plain) for cell in column) for column in columns]
-        room = options.max_width - 3 * len(columns)
+        room = options.max_width - 3 * len(columns) - 1  # cells' padding, and what rich draws between and beside them
         if sum(least) > room:
             yield from (Text(" | ").join(row) for row in rows)
             return

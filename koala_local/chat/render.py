@@ -21,7 +21,7 @@ REFRESH_S = 1 / 15
 REST = 9  # after a costly redraw, this many times its cost: drawing takes a tenth of one core at most
 # A last line, not yet ended, that may still become one kind of block or another: "-" a list or an underlined heading,
 # "1" a list or a sum, "``" code. It is shown as soon as that is decided.
-_UNDECIDED = re.compile(r"[\s>*+-]*(?:[#=_|:\s`~*+-]*|\d{1,9}[.)]?\s*)|\s*(?:```|~~~).*")
+_UNDECIDED = re.compile(r"[\s>#=_|:`~*+-]*|[\s>*+-]*\d{1,9}[.)]?\s*|\s*(?:```|~~~).*")
 
 
 class ReplyView:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from contextlib import nullcontext
+from functools import cached_property
 from queue import SimpleQueue
 
 from prompt_toolkit import PromptSession
@@ -55,7 +56,6 @@ class Repl:
         self._typed = ""  # what the next prompt begins with
         self._last_key = 0.0
         self._bar: list[tuple[int, str]] = []
-        self._prompt = self._make_prompt()
 
     def run(self) -> None:
         """Talk until the user leaves."""
@@ -103,7 +103,8 @@ class Repl:
 
     # -- reading
 
-    def _make_prompt(self) -> PromptSession[str]:
+    @cached_property
+    def _prompt(self) -> PromptSession[str]:
         prompt: PromptSession[str] = PromptSession(
             [("class:prompt", _PROMPT)],
             multiline=True,

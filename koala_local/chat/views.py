@@ -21,7 +21,7 @@ from koala_local.engine.sampling import Sampling
 from koala_local.engine.text_stream import plain
 
 _RECAP_CHARACTERS = 600
-_DEEPEST_FORK = 12  # levels of indentation; what forks deeper is drawn at the same level
+_DEEPEST_FORK = 5  # levels of indentation; what forks deeper is drawn at the same level
 
 
 def one_line(text: str, length: int = 200) -> str:
@@ -154,7 +154,8 @@ def branches_table(branches: Sequence[Branch]) -> RenderableType:
 
 
 def tree(conversation: Conversation) -> RenderableType:
-    """Every turn; a fork indents, a straight line does not."""
+    """Every turn. At a fork the line you are on stands last and goes on straight below; the others are indented."""
+    on_path = {node.id for node in conversation.path()}
     children: defaultdict[int | None, list[Node]] = defaultdict(list)
     for node in conversation.nodes.values():
         children[node.parent].append(node)
@@ -162,13 +163,20 @@ def tree(conversation: Conversation) -> RenderableType:
         return Text("nothing has been said yet", "dim")
     root = Tree(Text(title_of(conversation), "bold", no_wrap=True, overflow="ellipsis"), guide_style="dim")
     label = _labels(conversation)
-    pending = [(node, root, 1, 0, len(children[None]) > 1) for node in reversed(children[None])]
+    pending: list[tuple[Node, Tree, int, int, bool]] = []
+
+    def follow(parent: int | None, branch: Tree, turn: int, depth: int) -> None:
+        below = sorted(children[parent], key=lambda node: node.id in on_path)
+        pending.extend((node, branch, turn, depth, node is not below[-1]) for node in reversed(below))
+
+    follow(None, root, 1, 0)
     while pending:
-        node, branch, turn, depth, forked = pending.pop()
+        node, branch, turn, depth, indents = pending.pop()
         twig = branch.add(label(node, turn))
-        inner, depth = (twig, depth + 1) if forked and depth < _DEEPEST_FORK else (branch, depth)
-        below = children[node.id]
-        pending += [(child, inner, turn + 1, depth, len(below) > 1) for child in reversed(below)]
+        if indents and depth < _DEEPEST_FORK:
+            follow(node.id, twig, turn + 1, depth + 1)
+        else:
+            follow(node.id, branch, turn + 1, depth)
     return Group(root, Text("* the line you are on, > where you are, [number] for /switch", "dim"))
 
 

@@ -26,6 +26,7 @@ class Vocabulary:
     adds_space: bool  # SentencePiece's dummy prefix: every string is tokenized with a space before it
     control: Mapping[str, int] = field(repr=False)  # control tokens by their text
     user_defined: Mapping[str, int] = field(repr=False)  # matched in any text, even with special tokens unparsed
+    unknown: int | None = None
     ends: frozenset[int] = frozenset()  # the tokens that end a reply
 
 

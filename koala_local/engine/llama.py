@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import errno
 import hashlib
 import os
 from collections import deque
@@ -101,6 +102,7 @@ class LlamaEngine:
         size = int(ll.llama_vocab_n_tokens(vocab))
         control: dict[str, int] = {}
         user_defined: dict[str, int] = {}
+        unknown: int | None = None
         for token in range(size):
             text, attr = ll.llama_vocab_get_text(vocab, token), ll.llama_vocab_get_attr(vocab, token)
             digest.update(b"%d %d " % (attr, len(text)) + text)
@@ -108,6 +110,8 @@ class LlamaEngine:
                 control[text.decode("utf-8", "replace")] = token
             elif attr & ll.LLAMA_TOKEN_ATTR_USER_DEFINED:
                 user_defined[text.decode("utf-8", "replace")] = token
+            if attr & ll.LLAMA_TOKEN_ATTR_UNKNOWN:
+                unknown = token
         bos, eos = int(ll.llama_vocab_bos(vocab)), int(ll.llama_vocab_eos(vocab))
         space = self.tokenize("x")
         return Vocabulary(
@@ -119,6 +123,7 @@ class LlamaEngine:
             adds_space=bool(space) and self.piece(space[0]).startswith(b" "),
             control=control,
             user_defined=user_defined,
+            unknown=unknown,
             ends=frozenset(token for token in range(size) if ll.llama_vocab_is_eog(vocab, token)),
         )
 
@@ -187,8 +192,9 @@ class LlamaEngine:
 
     def save(self, slot: int, ids: Sequence[int], path: Path) -> None:
         tokens = (ll.llama_token * len(ids))(*ids)
-        if not ll.llama_state_seq_save_file(self._context, os.fsencode(path), slot, tokens, len(ids)):
-            raise OSError(f"llama.cpp could not write {path.name}")
+        written = ll.llama_state_seq_save_file(self._context, os.fsencode(path), slot, tokens, len(ids))
+        if not written or path.stat().st_size != written:  # it does not notice a disk that is full
+            raise OSError(errno.ENOSPC, "llama.cpp could not write it all", str(path))
 
     def load(self, slot: int, path: Path) -> list[int]:
         tokens, count = (ll.llama_token * self.context_size)(), ctypes.c_size_t()

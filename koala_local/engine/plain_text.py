@@ -13,33 +13,39 @@ from itertools import pairwise
 from koala_local.engine.base import Engine
 
 
-def plain_ids(engine: Engine, text: str, markers: Collection[str], *, continues: bool = False) -> list[int]:
-    """Token ids of `text` as plain text; `markers` are further strings that must not be matched whole.
-    No id in the result is a control token's."""
-    vocabulary = engine.vocabulary
-    forbidden = frozenset(vocabulary.control.values()) | vocabulary.ends
-    unknown = vocabulary.control.get("<unk>", -1)  # what a vocabulary without byte fallback makes of a rare character
-    for taboo in ([*vocabulary.user_defined, *markers], [*vocabulary.user_defined, *markers, *vocabulary.control]):
-        ids = _tokenize_parts(engine, _cut(text, taboo), continues)
-        if not (forbidden - {unknown}).intersection(ids):
-            return ids
-    ids = _tokenize_parts(engine, list(text), continues)
-    return [token for token in ids if token == unknown or token not in forbidden]
+class PlainText:
+    """Tokenizes content for one engine; `markers` are further strings that must not be matched whole."""
 
+    def __init__(self, engine: Engine, markers: Collection[str] = ()) -> None:
+        vocabulary = engine.vocabulary
+        self._engine = engine
+        self._matched = [*vocabulary.user_defined, *markers]
+        self._control = list(vocabulary.control)
+        # The unknown token is what a vocabulary without byte fallback makes of a rare character: no control.
+        self._forbidden = (frozenset(vocabulary.control.values()) | vocabulary.ends) - {vocabulary.unknown}
 
-def _tokenize_parts(engine: Engine, parts: list[str], continues: bool) -> list[int]:
-    ids: list[int] = []
-    for index, part in enumerate(parts):
-        ids += engine.tokenize(part, continues=continues or index > 0)
-    return ids
+    def ids(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of `text`; no id among them is a control token's. `continues` as in `Engine.tokenize`."""
+        for taboo in (self._matched, [*self._matched, *self._control]):
+            ids = self._tokenize(_cut(text, taboo), continues)
+            if self._forbidden.isdisjoint(ids):
+                return ids
+        return [token for token in self._tokenize(list(text), continues) if token not in self._forbidden]
+
+    def _tokenize(self, parts: list[str], continues: bool) -> list[int]:
+        ids: list[int] = []
+        for index, part in enumerate(parts):
+            ids += self._engine.tokenize(part, continues=continues or index > 0)
+        return ids
 
 
 def _cut(text: str, taboo: Collection[str]) -> list[str]:
     """`text` in parts none of which contains a string of `taboo`; one character cannot be cut."""
     # White space is left whole: some vocabularies hold runs of it as user-defined tokens, and were trained with them.
-    strings = sorted((string for string in taboo if len(string) > 1 and string.strip()), key=len, reverse=True)
-    if not strings:
+    found = [string for string in taboo if len(string) > 1 and string in text and not string.isspace()]
+    if not found:
         return [text]
-    starts = re.finditer(f"(?=({'|'.join(map(re.escape, strings))}))", text)
+    longest_first = sorted(found, key=len, reverse=True)
+    starts = re.finditer(f"(?=({'|'.join(map(re.escape, longest_first))}))", text)
     cuts = [0, *(match.start() + 1 for match in starts), len(text)]
-    return [text[start:end] for start, end in pairwise(cuts)] if len(cuts) > 2 else [text]
+    return [text[start:end] for start, end in pairwise(cuts)]

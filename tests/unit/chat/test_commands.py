@@ -1,4 +1,4 @@
-"""The slash commands, on a real engine and a front that records. Whatever is shown fits 40 columns and has no escapes."""
+"""The slash commands, on a real engine and a front that records: what is shown fits 40 columns and has no escapes."""
 
 from __future__ import annotations
 
@@ -218,8 +218,8 @@ def test_branch_switch_and_tree(front: Recorder) -> None:
     assert users(front) == []
     with pytest.raises(KoalaError):
         front.run("/switch nowhere")
+    front.run("/switch 1")
     with pytest.raises(KoalaError, match="called"):
-        front.run("/switch 1")
         front.run("/branch 1 7")
 
 
@@ -237,7 +237,37 @@ def test_a_tree_of_many_forks_fits(front: Recorder) -> None:
     for number in range(20):
         say(front, f"turn {number}")
         front.run("/regen")
-    assert front.run("/tree").count("\n") >= 40
+    lines = front.run("/tree").splitlines()
+    assert sum("-> " in line for line in lines) == 40
+    assert next(line for line in lines if "turn 19" in line).startswith("├── ")
+
+
+def test_what_forks_off_the_line_is_indented_below_its_turn(front: Recorder) -> None:
+    for text in ("one", "two", "/edit 1 eins", "/regen", "zwei", "/regen", "/undo", "drei", "/switch 1", "three"):
+        front.run(text) if text.startswith("/") else say(front, text)
+    lines = [line for line in front.run("/tree").splitlines() if "──" in line]
+    assert [line.index("──") // 4 for line in lines] == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert [line.split(" ->")[0].split()[-1] for line in lines] == [
+        "eins",
+        "eins",
+        "zwei",
+        "zwei",
+        "drei",
+        "one",
+        "two",
+        "three",
+    ]
+
+
+def test_a_tree_of_forks_upon_forks_fits(front: Recorder) -> None:
+    front.conversation.sampling = Sampling(max_tokens=1)
+    for number in range(10):
+        say(front, f"turn {number}")
+        say(front, "more")
+        front.run("/undo")
+        front.run("/regen")
+    front.run("/branch 0")
+    assert "turn 9" in front.run("/tree")
 
 
 def test_new_sessions_resume_and_rename(front: Recorder) -> None:
@@ -375,7 +405,7 @@ def test_stats(front: Recorder) -> None:
     say(front, "one")
     text = front.run("/stats")
     assert front.last is not None
-    assert f"{front.last.stats.evaluated_tokens} evaluated" in text
+    assert f"{front.last.stats.evaluated_tokens} evaluated" in " ".join(text.split())
 
 
 def test_tokens_shows_control_tokens_and_typed_ones_apart(front: Recorder) -> None:
@@ -406,7 +436,7 @@ def test_tokens_and_template_of_a_message_that_does_not_end(front: Recorder) -> 
 
 
 def test_template_shows_the_prompt_and_changes(front: Recorder) -> None:
-    assert "an example message" in front.run("/template")
+    assert "an example message" in " ".join(front.run("/template").split())
     say(front, "one")
     shown = front.run("/template").replace("\n", "")
     assert "<s>BEGINNING OF CONVERSATION: USER: one GPT:" in shown

@@ -209,12 +209,16 @@ def test_a_disk_that_refuses_does_not_end_the_chat(
 
     monkeypatch.setattr(chat.history, "add_turn", refuse)
     chat.send("two", quiet)
-    assert notes == ["this turn is not saved: the disk is full"]
+    assert notes == ["this turn is not saved yet: the disk is full"]
+    chat.regenerate(quiet)
     monkeypatch.undo()
     chat.send("three", quiet)
     assert [node.user for node in chat.path()] == ["one", "two", "three"]
     assert chat.session is not None
-    assert [node.user for node in chat.history.load(chat.session.id)[1]] == ["one"]
+    session, nodes = chat.history.load(chat.session.id)
+    assert [node.user for node in nodes] == ["one", "two", "two", "three"]
+    assert {node.id: node for node in nodes} == chat.nodes
+    assert session.head == chat.head
 
 
 def test_the_user_is_told_which_turns_left(open_chat: Open, notes: list[str]) -> None:

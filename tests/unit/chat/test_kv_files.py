@@ -273,7 +273,8 @@ def test_the_oldest_leave_first(folder: Path) -> None:
     assert {name.split(".")[0] for name in names(folder)} == {"aaaa2222", "bbbb2222", "dddd2222"}
     age(folder, "dddd2222", 1000)
     files.save("dddd2222", engine, 0, [5])  # saved anew, it is the youngest
-    KvFiles(folder, limit_bytes=3000).prune()
+    age(folder, "bbbb2222", -1000)  # a clock that was wrong
+    KvFiles(folder, limit_bytes=3000).save("dddd2222", engine, 0, [6])
     assert {name.split(".")[0] for name in names(folder)} == {"dddd2222"}
 
 
@@ -299,6 +300,7 @@ def test_leftovers_of_dead_programs_are_removed_those_of_living_ones_not(folder:
     seen: list[list[str]] = []
 
     def slow(slot: int, ids: Sequence[int], path: Path) -> None:
+        assert not (folder / ".0123456789abcdef.tmp").exists()  # gone before the disk is needed
         write(slot, ids, path)
         KvFiles(folder).prune()
         KvFiles(folder).save("cccc2222", fake()[0], 0, [3])

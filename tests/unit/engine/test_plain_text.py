@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from koala_local.engine.llama import LlamaEngine
-from koala_local.engine.plain_text import plain_ids
+from koala_local.engine.plain_text import PlainText
 from tests.engines import tiny_engine
 from tests.gguf_maker import CONTROL, USER_DEFINED
 
@@ -35,22 +35,22 @@ def test_every_special_token_typed_as_text(engine: LlamaEngine) -> None:
     assert set(SPECIALS) <= {*vocabulary.control, *vocabulary.user_defined}
     for text in [*vocabulary.control, *vocabulary.user_defined, *SPECIALS]:
         for typed in (text, f"a{text}b", text * 3, text[:-1] + text, f"{text}\n{text[1:]}"):
-            ids = plain_ids(engine, typed, ())
+            ids = PlainText(engine).ids(typed)
             assert not special_ids(engine) & set(ids)
             assert b"".join(map(engine.piece, ids)).decode() == f" {typed}"
 
 
 def test_without_special_strings_nothing_changes(engine: LlamaEngine) -> None:
-    assert plain_ids(engine, "the hat is here", ()) == engine.tokenize("the hat is here")
+    assert PlainText(engine).ids("the hat is here") == engine.tokenize("the hat is here")
 
 
 def test_markers_that_are_ordinary_tokens_are_cut(engine: LlamaEngine) -> None:
-    assert plain_ids(engine, "the", ["the"]) != engine.tokenize("the")
+    assert PlainText(engine, ["the"]).ids("the") != engine.tokenize("the")
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*SPECIALS, "</s>", "<s>", "<unk>", "<", "|", "/s>", "[", "é", " "])).map("".join))
 def test_mixtures_and_seams(engine: LlamaEngine, text: str) -> None:
-    ids = plain_ids(engine, text, (), continues=True)
+    ids = PlainText(engine).ids(text, continues=True)
     assert not special_ids(engine) & set(ids)
     assert b"".join(map(engine.piece, ids)).decode() == text

@@ -141,6 +141,8 @@ def test_the_fingerprint_tells_files_apart(model: Path, write: Callable[[bytes],
         changed = bytearray(content)
         changed[at] ^= 1
         assert read_header(write(bytes(changed))).fingerprint != original.fingerprint
+    zeros = [read_header(write(container(data=length))).fingerprint for length in (2**20, 2**20 + 1)]
+    assert zeros[0] != zeros[1]
 
 
 def test_a_vocabulary_of_32000_takes_less_than_a_tenth_of_a_second(write: Callable[[bytes], Path]) -> None:
@@ -300,6 +302,11 @@ def test_what_is_refused(
     write: Callable[[bytes], Path], pairs: tuple[bytes, ...], tensors: tuple[bytes, ...], what: str
 ) -> None:
     assert what in refusal(write(container(pairs, tensors))).message
+
+
+def test_impossible_counts_are_named(write: Callable[[bytes], Path]) -> None:
+    message = refusal(write(container(counts=(7, 2**40)))).message
+    assert f"a header of 7 tensors and {2**40} metadata entries" in message
 
 
 def test_the_last_byte_counts(write: Callable[[bytes], Path]) -> None:

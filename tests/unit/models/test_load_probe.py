@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -87,6 +89,15 @@ def test_an_abort_stays_in_the_child(
 
 def test_a_vocabulary_that_cannot_spell_every_byte_is_found(changed: Callable[[bytes, bytes], Path]) -> None:
     assert "crash" in refusal(changed(b"<0xF0>", b"<0xZ0>"))
+
+
+def test_python_prints_no_traceback_of_the_child(changed: Callable[[bytes, bytes], Path]) -> None:
+    path = changed(b"<0xF0>", b"<0xZ0>")
+    code = "import pathlib, sys; from koala_local.models.load_probe import probe; probe(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-X", "faulthandler", "-c", code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "ModelFileError" in done.stderr
+    assert "Fatal Python error" not in done.stderr
 
 
 def test_a_file_that_is_gone(tmp_path: Path) -> None:

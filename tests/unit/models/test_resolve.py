@@ -100,7 +100,7 @@ def test_a_name_on_the_hub_is_to_be_downloaded_first(folder: Path, reference: st
     assert "download" in error.hint
 
 
-@pytest.mark.parametrize("reference", ["owner/model.gguf", "models/koala", "./owner/repo", "a/b/c", "/owner/repo", "x"])
+@pytest.mark.parametrize("reference", ["owner/model.GGUF", "models/koala", "./owner/repo", "a/b/c", "/owner/repo", "x"])
 def test_what_is_a_path_rather_than_a_name_on_the_hub(folder: Path, reference: str) -> None:
     assert "does not exist" in refusal(reference).message
 

@@ -119,6 +119,11 @@ class Conversation:
             raise KoalaError(f"there is no turn {number}", f"this branch has {len(path)} turns")
         return path[number - 1]
 
+    def _last(self) -> Node:
+        if self.head is None:
+            raise KoalaError("nothing has been said here yet", "send a message first")
+        return self.nodes[self.head]
+
     # -- talking
 
     def send(self, text: str, on_text: OnText, on_prefill: OnPrefill = lambda done, total: None) -> Answer:
@@ -127,7 +132,7 @@ class Conversation:
 
     def regenerate(self, on_text: OnText, on_prefill: OnPrefill = lambda done, total: None) -> Answer:
         """Another reply to the last message, beside the first one."""
-        last = self.turn(len(self.path()))
+        last = self._last()
         return self._reply(last.parent, last.user, on_text, on_prefill)
 
     def edit(self, number: int, text: str, on_text: OnText, on_prefill: OnPrefill = lambda done, total: None) -> Answer:
@@ -207,13 +212,13 @@ class Conversation:
 
     def undo(self) -> Node:
         """Step back behind the last turn, which stays on its own branch; returns it."""
-        last = self.turn(len(self.path()))
+        last = self._last()
         self._move(last.parent)
         return last
 
     def branch(self, number: int | None = None, name: str = "") -> None:
         """Keep the current line, as `name`, and go on behind turn `number` (default: the last) on a new one."""
-        last = self.turn(len(self.path()))
+        last = self._last()
         target = last if number is None else (self.turn(number) if number else None)
         if name:
             if any(node.name == name for node in self.nodes.values()):
@@ -297,19 +302,20 @@ class Conversation:
             self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
             self.note(f"the next reply evaluates the whole conversation again: {miss}")
 
-    def use_model(self, load: Callable[[], tuple[Ledger, str]], back: Callable[[], Ledger]) -> None:
-        """Go on with another model: (its ledger, its name). The present one makes room first; when the other cannot be
-        loaded, `back` loads it again and the error is raised."""
+    def use_model(self, load: Callable[[], Ledger], model: str, back: Callable[[], Ledger]) -> None:
+        """Go on with another model. The present one makes room first; when the other cannot be loaded, or cannot hold
+        the system text, `back` loads it again and the error is raised."""
         self.save()
-        old_key = self.key
-        self.ledger.engine.close()
+        old_key, system, ledger = self.key, self.system, self.ledger
         try:
-            ledger, self.model = load()
-            ledger.check_system(self.system)
-        except KoalaError:
+            ledger.engine.close()
+            ledger = load()
+            ledger.check_system(system)
+        except BaseException:
+            ledger.engine.close()
             self.ledger = back()
             raise
-        self.ledger = ledger
+        self.ledger, self.model = ledger, model
         self._ids_changed(old_key)
 
     def use_format(self, format: PromptFormat) -> None:

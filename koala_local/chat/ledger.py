@@ -29,7 +29,7 @@ Finish = Literal["stop", "length", "interrupted"]
 # over the turns until the next overflow, share / (1 - share) evaluations per new token: see benchmarks/overflow.py.
 KEEP: dict[Overflow, float] = {"exact": 0.5, "shift": 0.75}
 REPLY_ROOM = 0.125  # share of the context that is free for the reply when a turn begins
-_PROGRESS_STEP = 512  # tokens of prefill between two reports
+_PROGRESS_STEP = 256  # tokens of prefill between two reports
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,6 @@ class _Writing:
         return spaced, sum(len(piece.ids) for piece in after)
 
     def run(self, sampling: Sampling, seed: int) -> Answer:
-        self._engine.resume()
         started = time.perf_counter()
         reused, evaluated = self._read_prompt(sampling)
         sampler = self._engine.sampler(sampling, seed, self._cache.ids)

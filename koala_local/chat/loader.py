@@ -17,7 +17,7 @@ from koala_local.models.load_probe import probe
 from koala_local.models.resolve import resolve
 
 if TYPE_CHECKING:
-    from koala_local.chat.conversation import Conversation
+    from koala_local.chat.front import Front
 
 _DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
 _RESEARCH_ONLY = "research only: Koala's weights follow LLaMA's non-commercial licence and its data's terms of use"
@@ -88,32 +88,18 @@ def open_model(
     return LoadedModel(path, header, engine, format, reason)
 
 
-def change_model(
-    conversation: Conversation,
-    current: LoadedModel,
-    reference: str,
-    options: LoadOptions,
-    note: Callable[[str], None],
-) -> LoadedModel:
-    """Go on with another model in the same conversation. When it cannot be loaded the current one stays, and the error
-    is raised. The file is checked before the current model makes room for it."""
-    path = resolve(reference, None)
+def change_model(front: Front, reference: str, note: Callable[[str], None]) -> None:
+    """Go on with another model in the same conversation. When it cannot be loaded the current one is loaded again, and
+    the error is raised. The file is checked before the current model makes room for it."""
+    path, current, conversation = resolve(reference, None), front.model, front.conversation
     read_header(path)
     probe(path)
-    loaded = current
 
-    def load() -> tuple[Ledger, str]:
-        nonlocal loaded
-        loaded = open_model(str(path), None, options, note)
-        return loaded.ledger(options.overflow), str(path)
+    def load(path: Path) -> Ledger:
+        front.model = open_model(str(path), None, front.options, note)
+        return front.model.ledger(front.options.overflow)
 
-    def back() -> Ledger:
-        nonlocal loaded
-        loaded = open_model(str(current.path), None, options, note)
-        return loaded.ledger(options.overflow)
-
-    conversation.use_model(load, back)
-    return loaded
+    conversation.use_model(lambda: load(path), str(path), lambda: load(current.path))
 
 
 def _load(path: Path, header: GgufHeader, options: LoadOptions, context: int) -> LlamaEngine:

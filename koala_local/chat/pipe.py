@@ -11,6 +11,7 @@ from typing import Any
 from koala_local import console
 from koala_local.chat.commands import run_line
 from koala_local.chat.conversation import Conversation
+from koala_local.chat.front import say
 from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel, LoadOptions, change_model
 from koala_local.chat.render import ReplyView
@@ -45,7 +46,7 @@ def json_lines(conversation: Conversation, model: LoadedModel, options: LoadOpti
     """
     front = JsonFront(conversation, model, options)
     if text is not None:
-        front.say(text)
+        say(front, text)
         return
     for request in _requests():
         try:
@@ -67,7 +68,7 @@ def _requests() -> Iterator[bytes]:
 def _serve(front: JsonFront, line: bytes) -> None:
     match _parse(line):
         case {"user": str(text)} if text.strip():
-            front.say(text)
+            say(front, text)
         case {"command": str(command)}:
             front.command(command)
         case _:
@@ -93,9 +94,6 @@ class JsonFront:
         self._shown: list[str] | None = None
         self.last: Answer | None = None
 
-    def say(self, text: str) -> None:
-        self.answer(lambda on_text, on_prefill: self.conversation.send(text, on_text, on_prefill))
-
     def command(self, line: str) -> None:
         """Run one slash command; what it shows is one line of output, as is a reply it asks for."""
         self._shown = []
@@ -119,7 +117,7 @@ class JsonFront:
         return None
 
     def change_model(self, reference: str) -> None:
-        self.model = change_model(self.conversation, self.model, reference, self.options, console.note)
+        change_model(self, reference, console.note)
 
     def quit(self) -> None:
         self.done = True

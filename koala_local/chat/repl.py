@@ -96,7 +96,7 @@ class Repl:
             return None
 
     def change_model(self, reference: str) -> None:
-        self.model = change_model(self.conversation, self.model, reference, self.options, self._notes.put)
+        change_model(self, reference, self._notes.put)
 
     def quit(self) -> None:
         self._done = True

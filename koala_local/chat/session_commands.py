@@ -36,10 +36,9 @@ def resume(front: Front, session_id: str) -> None:
         session_id = others[0]
     conversation.resume(session_id)
     front.last = None
+    found = conversation.session.id if conversation.session else session_id
     turns = len(conversation.path())
-    front.show(
-        f"resumed {conversation.session.id if conversation.session else session_id}: {views.title_of(conversation)} ({turns} {'turn' if turns == 1 else 'turns'})"
-    )
+    front.show(f"resumed {found}: {views.title_of(conversation)} ({turns} {'turn' if turns == 1 else 'turns'})")
     front.show(views.recap(conversation))
 
 

@@ -35,6 +35,7 @@ class ReplyStream:
             self._chunks.put(None)
 
     def __iter__(self) -> Iterator[str]:
+        self._engine.resume()
         thread = threading.Thread(target=self._work, name="reply")
         thread.start()
         try:

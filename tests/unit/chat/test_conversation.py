@@ -182,18 +182,19 @@ def test_another_model_keeps_the_conversation(open_chat: Open, tmp_path: Path) -
     chat = open_chat(engine=tiny_engine(tmp_path))
     chat.send("one", quiet)
     chat.use_model(
-        lambda: (Ledger(tiny_engine(tmp_path, seed=5, extra_tokens=[("<|x|>", 3)]), KOALA), "other"),
+        lambda: Ledger(tiny_engine(tmp_path, seed=5, extra_tokens=[("<|x|>", 3)]), KOALA),
+        "other",
         lambda: pytest.fail("the new model loads"),
     )
     assert chat.model == "other"
     assert chat.send("two", quiet).stats.reused_tokens == 0
     assert [node.user for node in chat.path()] == ["one", "two"]
 
-    def broken() -> tuple[Ledger, str]:
+    def broken() -> Ledger:
         raise KoalaError("no such model")
 
     with pytest.raises(KoalaError, match="no such model"):
-        chat.use_model(broken, lambda: Ledger(tiny_engine(tmp_path, seed=5, extra_tokens=[("<|x|>", 3)]), KOALA))
+        chat.use_model(broken, "broken", lambda: Ledger(tiny_engine(tmp_path, seed=5, extra_tokens=[("<|x|>", 3)]), KOALA))
     assert chat.send("three", quiet).stats.prompt_tokens > 0
     chat.close()
 

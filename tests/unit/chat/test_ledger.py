@@ -209,6 +209,7 @@ def test_an_interrupt_during_prefill_leaves_a_valid_cache(ledger: Ledger) -> Non
             "", [*talk.path, Exchange(Turn("z" * 300))], 0, SAMPLING, 0,
             on_prefill=lambda done, total: ledger.engine.interrupt(),
         )  # fmt: skip
+    ledger.engine.resume()
     assert talk.say("second").stats.evaluated_tokens <= own_tokens(ledger, "second")
 
 

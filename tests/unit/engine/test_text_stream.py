@@ -222,6 +222,10 @@ def test_ordinary_text_is_left_alone() -> None:
     assert plain(text) == text
 
 
+def test_a_character_set_ends_with_its_final_character() -> None:
+    assert plain("\x1b([31m \x1b$(Ccharset") == "31m charset"
+
+
 def test_line_ends() -> None:
     assert plain("a\r\nb\rc\n\r") == "a\nbc\n"
     assert in_two("a\r\nb", 2) == "a\nb"

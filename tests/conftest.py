@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,13 @@ from hypothesis import settings
 
 settings.register_profile("koala", deadline=None, database=None, print_blob=True)
 settings.load_profile("koala")
+
+
+if hasattr(os, "sched_setaffinity"):
+    # llama.cpp's threads wait for each other by spinning: for tiny models, beside other programs, one core is faster
+    # than two. Children inherit it.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[os.getpid() % len(_cores)]})
 
 
 @pytest.fixture(autouse=True)

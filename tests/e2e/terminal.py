@@ -30,12 +30,6 @@ class _Screen(pyte.Screen):
         self._answer(data)
 
 
-def _one_core() -> None:
-    """llama.cpp's threads wait for each other by spinning: beside other programs one is faster than two."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-
 class Terminal:
     """A running `koala`, started beside its home folder, and its screen."""
 
@@ -47,7 +41,6 @@ class Terminal:
             env=kept | {"KOALA_HOME": str(home), "TERM": "xterm-256color", "LANG": "C.UTF-8"} | environment,
             cwd=home.parent,
             dimensions=(_ROWS, columns),
-            preexec_fn=_one_core,
         )
         self._child.delaybeforesend = None
         self._screen = _Screen(columns, self._child.send)

@@ -1,0 +1,63 @@
+"""Run the measurements, print one table, and write it to benchmarks/results.md and results.json.
+
+    python -m benchmarks                            all, about 8 minutes on two cores
+    python -m benchmarks --quick                    all, short: under a minute
+    python -m benchmarks --only decode --only turns
+The last two write to runs/benchmarks/ instead: their figures are not the ones to quote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from benchmarks import decode, overflow, resume, startup, turns
+from benchmarks.models import LLAMA_160M, RUNS, Model, random_model, silence
+from benchmarks.table import Row, markdown, write
+from koala_local.nano import MODEL_PATH
+
+_NAMES = ("decode", "turns", "resume", "overflow", "startup")
+_Job = tuple[str, str, Callable[[], list[Row]]]  # name, what of it, the measurement
+
+
+def main() -> int:
+    """The exit status: 1 when a goal was not met."""
+    options = _parser().parse_args()
+    quick, only = options.quick, options.only or list(_NAMES)
+    silence()
+    print("making the random model, unless it is there", file=sys.stderr)
+    models = [Model("160M", random_model(LLAMA_160M)), Model("bundled", MODEL_PATH)]
+    rows: list[Row] = []
+    for name, part, measure in _jobs(models, quick):
+        if name in only:
+            print(f"{name}: {part}", file=sys.stderr)
+            rows += measure()
+    print(markdown(rows), end="")
+    partial_run = quick or set(only) != set(_NAMES)
+    write(RUNS if partial_run else Path(__file__).parent, rows)
+    return int(any(row.ok is False for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure Koala against its peers.")
+    parser.add_argument("--quick", action="store_true", help="short runs, under a minute; not for quoting")
+    parser.add_argument("--only", action="append", choices=_NAMES, help="one measurement; may be given several times")
+    return parser
+
+
+def _jobs(models: list[Model], quick: bool) -> list[_Job]:
+    jobs: list[_Job] = [
+        (module.__name__.rpartition(".")[2], model.name, partial(module.run, model, quick))
+        for module in (decode, turns, resume)
+        for model in models
+    ]
+    jobs.append(("overflow", "bundled", partial(overflow.run, models[-1], quick)))
+    jobs.append(("startup", "koala --help", partial(startup.run_help, quick)))
+    return jobs + [("startup", model.name, partial(startup.run, model, quick)) for model in models]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

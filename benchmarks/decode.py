@@ -1,0 +1,144 @@
+"""How fast a reply is written: `Ledger.reply` (sampling, text, stop strings, the cache's book-keeping) against a bare
+loop over llama.cpp, and against streaming from the `Llama` class.
+
+Ledger and bare loop take turns every 64 tokens of one long reply, at the same positions, so that whatever else the
+machine does meets both; the ratio is the median over these slices. The Python time per token comes from a second reply
+in which llama.cpp's decode and sample are timed: what is left of the loop is Python, in CPU time of its thread. It is
+compared early and late in the reply: nothing may be done again for every token written so far. A large model costs
+Python more than a small one: reading its weights pushes everything else out of the processor's caches.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from statistics import mean, median
+from typing import Any
+from unittest.mock import patch
+
+import llama_cpp.llama_cpp as ll
+
+from benchmarks.models import CONTEXT, Model
+from benchmarks.peers import BareLoop, HighLevel
+from benchmarks.table import Row
+from benchmarks.talk import Talk, numbered, rendered
+from koala_local.chat.ledger import Exchange
+from koala_local.dialogue import Turn
+from koala_local.engine.llama import LlamaEngine
+from koala_local.engine.sampling import Sampling
+
+_SLICE = 64
+_HIGH_LEVEL_TOKENS = 1000  # its streaming slows down with every token
+
+
+def run(model: Model, quick: bool) -> list[Row]:
+    """Rows for one model."""
+    tokens, window = (256, 64) if quick else (3500, 500)
+    with closing(model.endless_engine()) as engine:
+        with closing(BareLoop(model.path, CONTEXT)) as bare:
+            slices = _interleaved(engine, bare, tokens)
+        seconds = _python_seconds(engine, tokens)
+    rows = [_against_bare(model, slices), *_python_rows(model, seconds, window)]
+    return rows + _against_high_level(model, slices, min(tokens, _HIGH_LEVEL_TOKENS))
+
+
+class _Slices:
+    """The listener to the ledger's text: after every slice it lets the bare loop write as many tokens."""
+
+    def __init__(self, engine: LlamaEngine, bare: BareLoop) -> None:
+        self._engine, self._bare = engine, bare
+        self._since = 0.0
+        self._done = 0
+        self.times: list[tuple[int, float, float]] = []  # tokens, ledger's seconds, bare loop's seconds
+
+    def __call__(self, _: str) -> None:
+        now, tokens = time.perf_counter(), self._engine.evaluated_tokens - self._done
+        if self._since and tokens < _SLICE:
+            return
+        if self._since:
+            ours, started = now - self._since, time.perf_counter()
+            self._bare.write(tokens)
+            self.times.append((tokens, ours, time.perf_counter() - started))
+        self._done, self._since = self._engine.evaluated_tokens, time.perf_counter()
+
+
+def _interleaved(engine: LlamaEngine, bare: BareLoop, tokens: int) -> list[tuple[int, float, float]]:
+    talk = Talk(engine)
+    path = [Exchange(Turn(numbered(1)))]
+    bare.read(talk.ledger.ids("", path))
+    slices = _Slices(engine, bare)
+    talk.ledger.reply("", path, 0, Sampling(max_tokens=tokens), 1, slices)
+    return slices.times
+
+
+def _python_seconds(engine: LlamaEngine, tokens: int) -> list[float]:
+    """Per token of a reply, the time outside llama.cpp."""
+    decoded: list[tuple[float, float]] = []
+    sampled: list[tuple[float, float]] = []
+    with (
+        patch.object(ll, "llama_decode", _timed(ll.llama_decode, decoded)),
+        patch.object(ll, "llama_sampler_sample", _timed(ll.llama_sampler_sample, sampled)),
+    ):
+        Talk(engine).say(numbered(1), tokens)
+    steps = [span for span in decoded if span[0] > sampled[0][0]]  # without the prompt
+    return [
+        (following - sample[0]) - (sample[1] - sample[0]) - (step[1] - step[0])
+        for sample, step, (following, _) in zip(sampled, steps, sampled[1:], strict=False)
+    ]
+
+
+def _timed(function: Callable[..., Any], spans: list[tuple[float, float]]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        started = time.thread_time()
+        result = function(*arguments)
+        spans.append((started, time.thread_time()))
+        return result
+
+    return call
+
+
+def _against_bare(model: Model, slices: list[tuple[int, float, float]]) -> Row:
+    tokens, ours, theirs = (sum(column) for column in zip(*slices, strict=True))
+    return Row(
+        f"decode, {model.name}",
+        tokens / ours,
+        "tokens/s",
+        tokens / theirs,
+        "bare loop",
+        median(theirs / ours for _, ours, theirs in slices),
+        at_least=0.98,
+        note=f"{tokens} tokens; ratio: median of {len(slices)} interleaved slices",
+    )
+
+
+def _python_rows(model: Model, seconds: list[float], window: int) -> list[Row]:
+    early, late = 1000 * mean(seconds[:window]), 1000 * mean(seconds[-window:])
+    last = len(seconds)
+    return [
+        Row(f"Python per token, {model.name}", 1000 * mean(seconds), "ms", at_most=0.1),
+        Row(
+            f"Python per token, {model.name}, tokens {last - window + 1} to {last}",
+            late,
+            "ms",
+            early,
+            f"tokens 1 to {window}",
+            late / early,
+            at_most=1.25,
+        ),
+    ]
+
+
+def _against_high_level(model: Model, slices: list[tuple[int, float, float]], tokens: int) -> list[Row]:
+    with closing(HighLevel(model.path, CONTEXT)) as peer:
+        theirs = peer.complete(rendered([], numbered(1)), tokens)
+    if theirs.tokens < tokens // 2:  # a trained model ends its reply, too early to measure
+        return []
+    done, seconds = 0, 0.0
+    for count, ours, _ in slices:
+        if done < theirs.tokens:
+            done, seconds = done + count, seconds + ours
+    rate = done / seconds
+    name, note = f"decode, {model.name}, first {done} tokens", f"the Llama class wrote {theirs.tokens} tokens"
+    ratio = rate / theirs.tokens_per_s
+    return [Row(name, rate, "tokens/s", theirs.tokens_per_s, "Llama class, stream", ratio, note=note)]

@@ -1,0 +1,88 @@
+"""What starting costs: `koala --help`, and from the command to the prompt in a terminal.
+
+From the second the model's load is subtracted: llama.cpp's own time to load the same file and make a context of the
+same size, without the program. What remains is Python, imports, the check of the file, the probe and the screen.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks.models import CONTEXT, Model
+from benchmarks.peers import BareLoop
+from benchmarks.table import Row
+
+_PROMPT = "\x1b[?2004h"  # bracketed paste: the line editor turns it on with the first drawing of the prompt
+_TIMEOUT_S = 60
+
+
+def run_help(quick: bool) -> list[Row]:
+    """The row for `koala --help`."""
+    name, command = "koala --help", _command()
+    if command is None:
+        return [Row(name, None, note="skipped: there is no koala command yet")]
+    seconds = []
+    for _ in range(3 if quick else 9):
+        started = time.perf_counter()
+        done = subprocess.run([*command, "--help"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+        seconds.append(time.perf_counter() - started)
+        if done.returncode:
+            return [Row(name, None, note=f"skipped: it ends with status {done.returncode}")]
+    return [Row(name, median(seconds), "s", at_most=0.2)]
+
+
+def run(model: Model, quick: bool) -> list[Row]:
+    """The row for the prompt with one model."""
+    name, command = f"start to prompt, {model.name}", _command()
+    if command is None or find_spec("pexpect") is None:
+        return [Row(name, None, note="skipped: there is no koala command or no pexpect")]
+    repeats = 2 if quick else 7
+    loads, starts = [], []
+    for _ in range(repeats):
+        loads.append(_load_seconds(model))
+        start = _prompt_seconds([*command, "chat", str(model.path)])
+        if start is None:
+            return [Row(name, None, note="skipped: no prompt came")]
+        starts.append(start)
+    start, load = median(starts), median(loads)
+    return [Row(name, start - load, "s", at_most=0.5, note=f"beyond the model's load: {start:.2f} s - {load:.2f} s")]
+
+
+def _command() -> list[str] | None:
+    script = Path(sys.executable).with_name("koala")
+    if script.exists():
+        return [str(script)]
+    if find_spec("koala_local.cli") is None:
+        return None
+    return [sys.executable, "-c", "import sys; from koala_local.cli import main; sys.exit(main())"]
+
+
+def _load_seconds(model: Model) -> float:
+    started = time.perf_counter()
+    bare = BareLoop(model.path, CONTEXT)
+    seconds = time.perf_counter() - started
+    bare.close()
+    return seconds
+
+
+def _prompt_seconds(command: list[str]) -> float | None:
+    """Seconds until the prompt is drawn in a terminal of 80 columns; None when it ends before."""
+    import pexpect  # of the test extra
+
+    with TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        environment = os.environ | {"KOALA_HOME": home, "TERM": "xterm-256color"}
+        started = time.perf_counter()
+        child = pexpect.spawn(command[0], command[1:], env=environment, dimensions=(24, 80), timeout=_TIMEOUT_S)
+        found = child.expect_exact([_PROMPT, pexpect.EOF, pexpect.TIMEOUT])
+        seconds = time.perf_counter() - started
+        child.sendcontrol("d")
+        child.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=5)
+        child.close(force=True)
+    return seconds if found == 0 else None

@@ -1,6 +1,6 @@
 """Makes Koala Nano, the bundled miniature: vocabulary, training, GGUF, Q4_K_M.
 
-    python examples/nano/make_nano.py train --work build/nano       # about 20 minutes, two cores
+    python examples/nano/make_nano.py train --work build/nano       # about 40 CPU-minutes
     python examples/nano/make_nano.py quantize --work build/nano --out koala-nano-q4_k_m.gguf
 
 `train` needs torch, transformers, sentencepiece and gguf; `quantize` needs llama-cpp-python.

@@ -86,13 +86,14 @@ class PrefixCache:
     def extend(self, ids: Sequence[int]) -> None:
         """Evaluate `ids` behind the active slot's tokens; held branches make way, least recently used first.
         Raises ContextError when even the active one alone does not fit, Interrupted with what was done kept."""
-        self._make_way(len(ids))
+        if len(self._references) + len(ids) > self.engine.context_size:
+            self._make_way(len(ids))
         slot, before = self._slots[self._active], self.engine.evaluated_tokens
         try:
             self.engine.evaluate(ids, slot=self._active, position=len(slot.ids))
         finally:
             done = self.engine.evaluated_tokens - before
-            self._append(slot, ids[:done])
+            self._append(slot, ids if done == len(ids) else ids[:done])
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens of the active slot."""
@@ -152,10 +153,11 @@ class PrefixCache:
             self._cut(self._slots[number], 0)
 
     def _append(self, slot: _Slot, ids: Sequence[int]) -> None:
-        cells = [next(self._new_cell) for _ in ids]
-        slot.ids.extend(ids)
-        slot.cells.extend(cells)
-        self._references.update(cells)
+        for token in ids:
+            cell = next(self._new_cell)
+            slot.ids.append(token)
+            slot.cells.append(cell)
+            self._references[cell] = 1
 
     def _cut(self, slot: _Slot, length: int) -> None:
         self._forget(slot.cells[length:])

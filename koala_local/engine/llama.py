@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as ll
+import numpy as np
+from numpy.typing import NDArray
 
 from koala_local.engine.base import Vocabulary
 from koala_local.engine.sampling import Sampling
@@ -27,6 +29,7 @@ SLOTS = 16  # one for the active branch, the rest to hold others; a slot without
 KV_TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
 _BATCH = 512  # tokens between two looks at `interrupt` where the abort callback does not reach
 _BATCH_GPU = 128
+_LOGIT_ROWS = 64
 _log_tail: deque[str] = deque(maxlen=8)
 
 
@@ -158,9 +161,9 @@ class LlamaEngine:
 
     def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
         for start in range(0, len(ids), self._batch.room):
-            if self._stop[0] != b"\0":
+            part = ids[start : start + self._batch.room] if len(ids) > 1 else ids
+            if self._stop.raw[0]:
                 raise Interrupted
-            part = ids[start : start + self._batch.room]
             status = ll.llama_decode(self._context, self._batch.fill(part, slot, position + start))
             if status != 0:
                 ll.llama_memory_seq_rm(self._memory, slot, position + start, -1)
@@ -175,6 +178,19 @@ class LlamaEngine:
     def logits(self) -> list[float]:
         """The logits of the last evaluated token, one per vocabulary entry."""
         return list(ll.llama_get_logits_ith(self._context, -1)[: self.vocabulary.size])
+
+    def all_logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
+        """The logits after every token of `ids`, in pieces (rows, vocabulary); they take slot 0 for themselves."""
+        self.crop(0, 0)
+        for start in range(0, len(ids), _LOGIT_ROWS):
+            part = ids[start : start + _LOGIT_ROWS]
+            status = ll.llama_decode(self._context, self._batch.fill(part, 0, start, every=True))
+            if status != 0:
+                raise _decode_error(status)
+            self.evaluated_tokens += len(part)
+            rows = ll.llama_get_logits(self._context)
+            yield np.ctypeslib.as_array(rows, (len(part), self.vocabulary.size)).copy()
+        self.crop(0, 0)
 
     def crop(self, slot: int, length: int) -> int:
         if ll.llama_memory_seq_rm(self._memory, slot, length, -1):
@@ -267,13 +283,16 @@ class _Batch:
         self._wanted = (ctypes.c_int8 * room)()
         self._batch = ll.llama_batch(0, self._tokens, None, self._positions, self._counts, self._slots, self._wanted)
 
-    def fill(self, ids: Sequence[int], slot: int, position: int) -> Any:
-        """All of `ids` in one slot; logits for the last one only."""
+    def fill(self, ids: Sequence[int], slot: int, position: int, *, every: bool = False) -> Any:
+        """All of `ids` in one slot; logits for the last one, or for `every` one."""
         count = len(ids)
-        self._wanted[self._batch.n_tokens - 1] = 0
+        if count > 1:
+            ctypes.memset(self._wanted, int(every), count)
+            self._tokens[:count] = list(ids)
+            self._positions[:count] = list(range(position, position + count))
+        else:
+            self._tokens[0], self._positions[0] = ids[0], position
         self._wanted[count - 1] = 1
-        self._tokens[:count] = list(ids)
-        self._positions[:count] = list(range(position, position + count))
         self._slot.value = slot
         self._batch.n_tokens = count
         return self._batch

@@ -110,3 +110,15 @@ def test_quantized_kv_works(tmp_path: Path) -> None:
     assert len(engine.logits()) == engine.vocabulary.size
     assert "kv=q8_0" in engine.cache_key
     engine.close()
+
+
+def test_all_logits_are_those_of_each_step(engine: LlamaEngine) -> None:
+    ids = [1, *range(20, 150)]
+    pieces = list(engine.all_logits(ids))
+    assert [len(piece) for piece in pieces] == [64, 64, 3]
+    for length in (1, 64, 65, len(ids)):
+        engine.crop(0, 0)
+        engine.evaluate(ids[:length], slot=0, position=0)
+        row = pieces[(length - 1) // 64][(length - 1) % 64]
+        assert max(abs(row - engine.logits())) < 0.02
+    engine.crop(0, 0)

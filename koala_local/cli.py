@@ -13,6 +13,8 @@ from koala_local.errors import Interrupted, KoalaError
 # name: (where its click command is, what `koala --help` says of it)
 COMMANDS = {
     "chat": ("koala_local.chat.command:chat", "Talk to a model in the terminal."),
+    "quantize": ("koala_local.convert.command:quantize", "Make a model of 2 to 8 bits a weight from a checkpoint."),
+    "recover": ("koala_local.convert.command:recover", "Add Koala's published weight difference to LLaMA."),
     "sessions": ("koala_local.chat.command:sessions", "List or remove saved conversations."),
 }
 _TRACEBACK = click.Option(["--traceback"], is_flag=True, expose_value=False, help="Show where an error came from.")
@@ -26,7 +28,7 @@ class _LazyGroup(click.Group):
             "koala",
             commands=[click.Command(name, short_help=text) for name, (_, text) in COMMANDS.items()],
             params=[_TRACEBACK],
-            help="Koala on your own hardware: talk to a dialogue model in the terminal.",
+            help="Koala on your own hardware: talk to a dialogue model, and quantize one.",
             context_settings={"help_option_names": ["-h", "--help"]},
             invoke_without_command=True,
             callback=_show_help,

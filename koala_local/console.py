@@ -85,6 +85,29 @@ def as_text(content: object) -> str:
     return _plain(page.getvalue().rstrip("\n"))
 
 
+@contextmanager
+def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
+    """A bar on stderr, where that is a terminal, with count or bytes (`unit` "B"), rate and time left.
+    Yields `step(done, total, detail="")`."""
+    from rich import progress as bars
+
+    console = err_console()
+    counts: list[Any] = [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
+    if unit == "B":
+        counts = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
+    columns: list[Any] = [bars.TextColumn("{task.description}"), bars.BarColumn(), *counts, bars.TimeRemainingColumn()]
+    detail_column = bars.TextColumn("{task.fields[detail]}")
+    with bars.Progress(
+        *columns, detail_column, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None, detail="")
+
+        def step(done: int, total: int, detail: str = "") -> None:
+            bar.update(task, completed=done, total=total, detail=_plain(detail))
+
+        yield step
+
+
 def run(command: Callable[[], int | None], *, tracebacks: bool = False) -> int:
     """Run `command` and return the exit status: its own, or that of the error it ended with, which is printed."""
     _make_streams_utf8()
@@ -156,7 +179,11 @@ def _one_line(text: str) -> str:
 def _console(**options: Any) -> Console:
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False, **options)
+    class _Console(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # `run` gives it its exit status
+
+    return _Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def _make_streams_utf8() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from koala_local.chat.conversation import Conversation
     from koala_local.chat.history import History
     from koala_local.chat.loader import LoadedModel, LoadOptions
-
-_LAST_MODEL = "last-model"
 
 
 def _setting(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -132,13 +130,13 @@ def _open(
     model: str | None, session: str | None, history: History, load: LoadOptions, options: dict[str, Any]
 ) -> tuple[LoadedModel, Conversation]:
     """Load the model and begin, or take up, the conversation."""
-    from koala_local.chat.conversation import Conversation
+    from koala_local.chat.conversation import LAST_MODEL, Conversation
     from koala_local.chat.kv_files import KvFiles
     from koala_local.chat.loader import open_model
     from koala_local.paths import kv_folder
 
     saved = history.load(session)[0] if session else None
-    last = saved.model if saved and Path(saved.model).exists() else history.setting(_LAST_MODEL)
+    last = _last_model(history, saved.model if saved else None, asked=model is not None)
     loaded = open_model(model, last, load, console.note)
     try:
         sampling = Sampling()
@@ -159,12 +157,29 @@ def _open(
             conversation.resume(saved.id)
             if options["system"] is not None and options["system"] != saved.system:
                 conversation.set_system(options["system"])
+            if load.template != "auto":
+                conversation.use_format(loaded.format)
         if model is not None:
-            history.set_setting(_LAST_MODEL, str(loaded.path))
+            with suppress(KoalaError):  # a chat does not hang on it
+                history.set_setting(LAST_MODEL, str(loaded.path))
     except BaseException:
         loaded.engine.close()
         raise
     return loaded, conversation
+
+
+def _last_model(history: History, of_session: str | None, *, asked: bool) -> str | None:
+    """Which model goes on where none is named: the session's, else the last one used."""
+    from koala_local.chat.conversation import LAST_MODEL
+
+    if of_session and Path(of_session).exists():
+        return of_session
+    if of_session and not asked:
+        console.note(f"the session's model is gone ({of_session}): another one goes on with it")
+    try:
+        return history.setting(LAST_MODEL)
+    except KoalaError:
+        return None
 
 
 def _talk(conversation: Conversation, loaded: LoadedModel, load: LoadOptions, text: str | None, as_json: bool) -> None:
@@ -224,6 +239,10 @@ def remove_session(session_id: str) -> None:
 
     with closing(History.open(data_folder())) as history:
         session, _ = history.load(session_id)
-        history.remove(session.id)
+        lock = history.lock(session.id)
+        if lock is None:
+            raise KoalaError(f"{session.id} is open in another window", "leave it there first")
+        with lock:
+            history.remove(session.id)
     KvFiles(kv_folder()).remove(session.id)
     console.note(f"removed {session.id}: {session.title or 'no title'}")

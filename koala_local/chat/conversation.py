@@ -16,9 +16,12 @@ from koala_local.chat.history import History, Node, Session
 from koala_local.chat.kv_files import CacheMiss, KvFiles
 from koala_local.chat.ledger import Answer, Exchange, Ledger
 from koala_local.chat.locks import SessionLock
-from koala_local.dialogue import PromptFormat, Turn
+from koala_local.dialogue import FORMATS, PromptFormat, Turn
+from koala_local.engine.cache import common_prefix
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import KoalaError, SessionError
+
+LAST_MODEL = "last-model"  # the setting that keeps which model was used last
 
 OnText = Callable[[str], None]
 OnPrefill = Callable[[int, int], None]
@@ -97,10 +100,10 @@ class Conversation:
             for node in path
         ]
 
-    @staticmethod
-    def _held_ids(node: Node) -> tuple[int, ...] | None:
-        """A damaged row has lost its ids."""
-        return node.reply_ids if node.reply_ids or not node.reply else None
+    def _held_ids(self, node: Node) -> tuple[int, ...] | None:
+        """None where a damaged row has lost its ids, or has impossible ones."""
+        sound = all(token < self.ledger.engine.vocabulary.size for token in node.reply_ids)
+        return node.reply_ids if sound and (node.reply_ids or not node.reply) else None
 
     def branches(self) -> list[Branch]:
         """Every line of the tree, oldest first; the current position counts as one even where it goes on."""
@@ -172,11 +175,17 @@ class Conversation:
         )
         self.nodes[node.id] = node
         self.head = node.id
+        self._save_waiting()
+
+    def _save_waiting(self) -> None:
+        """Commit the turns that the disk refused before."""
+        waiting = sorted((number for number in self.nodes if number < 0), reverse=True)
         try:
-            for waiting in sorted((number for number in self.nodes if number < 0), reverse=True):
-                self._commit(self.nodes[waiting])
+            for number in waiting:
+                self._commit(self.nodes[number])
         except SessionError as error:
-            self.note(f"this turn is not saved yet: {error.message}")
+            turns = "this turn is" if len(waiting) == 1 else f"{len(waiting)} turns are"
+            self.note(f"{turns} not saved yet: {error.message}")
 
     def _commit(self, node: Node) -> None:
         """Save one turn; its id becomes the saved one, everywhere. Raises SessionError, nothing changed."""
@@ -192,8 +201,10 @@ class Conversation:
             dropped=node.dropped,
             move_head=self._owner and self.head == node.id,
         )
+        if node.name:
+            self.history.name_node(saved.id, node.name)
         del self.nodes[node.id]
-        self.nodes[saved.id] = saved
+        self.nodes[saved.id] = replace(saved, name=node.name)
         for number, child in self.nodes.items():
             if child.parent == node.id:
                 self.nodes[number] = replace(child, parent=saved.id)
@@ -224,7 +235,8 @@ class Conversation:
             if any(node.name == name for node in self.nodes.values()):
                 raise KoalaError(f"there is a branch called {name} already", "choose another name")
             self.nodes[last.id] = replace(last, name=name)
-            self._try_save(lambda: self.history.name_node(last.id, name))
+            if last.id >= 0:
+                self._try_save(lambda: self.history.name_node(last.id, name))
         self._move(target.id if target else None)
 
     def switch(self, reference: str) -> Branch:
@@ -267,15 +279,19 @@ class Conversation:
         self.system = system
         for number, node in self.nodes.items():
             self.nodes[number] = replace(node, dropped=0)
-        if self.session is not None:
+        self._update(system=system)
+
+    def _update(self, **changes: str) -> None:
+        """Change the session's row, if this program is the one that talks in it."""
+        if self.session is not None and self._owner:
             session = self.session.id
-            self._try_save(lambda: self.history.update(session, system=system))
+            self._try_save(lambda: self.history.update(session, **changes))
 
     def rename(self, title: str) -> None:
         """Give the session a title. Raises KoalaError before the first turn."""
         if self.session is None:
             raise KoalaError("there is nothing to rename yet", "say something first")
-        self.history.update(self.session.id, title=title)
+        self._update(title=title)
         self.session = replace(self.session, title=title)
 
     def resume(self, session_id: str) -> None:
@@ -290,6 +306,10 @@ class Conversation:
         self._owner = self._lock is not None
         if not self._owner:
             self.note("this session is open in another window: what you say here goes onto a branch of its own")
+        if session.format in FORMATS and session.format != self.ledger.format.name:
+            self.ledger.use_format(FORMATS[session.format])
+        if (session.model, session.format) != (self.model, self.ledger.format.name):
+            self._update(model=self.model, format=self.ledger.format.name)
         self._restore_cache(session.id)
 
     def _restore_cache(self, session_id: str) -> None:
@@ -298,9 +318,18 @@ class Conversation:
         try:
             self.ledger.cache.restore(lambda slot: self.files.restore(session_id, self.ledger.engine, slot))
             self._saved_ids = list(self.ledger.cache.ids)
+            self._tell_cold()
         except CacheMiss as miss:
             self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
             self.note(f"the next reply evaluates the whole conversation again: {miss}")
+
+    def _tell_cold(self) -> None:
+        """Say so when the saved cache does not hold the path that goes on."""
+        path = self.path()
+        ids = self.ledger.ids(self.system, self.exchanges(path), path[-1].dropped) if path else []
+        cold = len(ids) - common_prefix(ids, self.ledger.cache.ids)
+        if cold:
+            self.note(f"the saved KV cache holds another line or an earlier state: {cold} tokens are evaluated again")
 
     def use_model(self, load: Callable[[], Ledger], model: str, back: Callable[[], Ledger]) -> None:
         """Go on with another model. The present one makes room first; when the other cannot be loaded, or cannot hold
@@ -317,6 +346,7 @@ class Conversation:
             raise
         self.ledger, self.model = ledger, model
         self._ids_changed(old_key)
+        self._try_save(lambda: self.history.set_setting(LAST_MODEL, model))
 
     def use_format(self, format: PromptFormat) -> None:
         """Write the prompt in another format from now on."""
@@ -329,12 +359,11 @@ class Conversation:
         self._saved_ids = []
         if self.key != old_key:
             self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
-        if self.session is not None:
-            session, name = self.session.id, self.ledger.format.name
-            self._try_save(lambda: self.history.update(session, model=self.model, format=name))
+        self._update(model=self.model, format=self.ledger.format.name)
 
     def save(self) -> None:
-        """Write the KV cache of this session to its file, if it grew since the last time."""
+        """Write what is not saved yet: turns that the disk refused, and the KV cache if it changed."""
+        self._save_waiting()
         ids = self.ledger.cache.ids
         if self.session is None or not self._owner or not ids or ids == self._saved_ids:
             return

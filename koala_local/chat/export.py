@@ -29,7 +29,7 @@ def export(conversation: Conversation, model_name: str, reference: str, *, overw
     if path.suffix == ".md":
         text = plain(as_markdown(conversation, model_name))
     else:
-        text = json.dumps(as_json(conversation, model_name), ensure_ascii=False, indent=2) + "\n"
+        text = json.dumps(as_json(conversation, model_name), indent=2) + "\n"
     _write(path, text.encode("utf-8", "replace"))
     return path
 

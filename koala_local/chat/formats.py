@@ -43,7 +43,9 @@ def pick_format(
             raise TemplateError("the model file holds no chat template", f"choose one of: {', '.join(FORMATS)}")
         return jinja(template, "embedded"), "asked for: the model's own chat template"
     if override != "auto":
-        return _named(override) or jinja(_read(Path(override)), Path(override).name), f"asked for: {override}"
+        return _named(override) or jinja(
+            _read(Path(override).expanduser()), Path(override).name
+        ), f"asked for: {override}"
     if "koala" in f"{model_name} {file_name}".lower():
         return KOALA, "the model is called Koala"
     if template is not None:
@@ -53,7 +55,7 @@ def pick_format(
 
 def _named(name: str) -> PromptFormat | None:
     """The built-in format called `name`; None where it must be a file. Raises TemplateError where it is neither."""
-    path = Path(name)
+    path = Path(name).expanduser()
     if name in FORMATS:
         return FORMATS[name]
     if path.exists() or path.suffix in _FILE_SUFFIXES or path.name != name:

@@ -38,6 +38,7 @@ from koala_local.paths import private_folder, session_file
 LIMIT_BYTES = 8 << 30
 _FORMAT = 1
 _RECORD_LIMIT = 64 << 20  # a record of a million tokens takes 8 MB
+_YOUNG_S = 60.0
 _HINT = "the conversation itself is saved; only resuming it will take longer"
 
 
@@ -149,7 +150,8 @@ class KvFiles:
             try:
                 sizes[pair[0].stat().st_mtime_ns, session_id] = sum(path.stat().st_size for path in pair)
             except OSError:
-                _delete(*reversed(pair))
+                if not any(_is_young(path) for path in pair):  # another program may be between its two renames
+                    _delete(*reversed(pair))
         total = sum(sizes.values())
         for (_, session_id), size in sorted(sizes.items()):
             if total > self._limit and session_id != keep:
@@ -251,6 +253,12 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _is_young(path: Path) -> bool:
+    with suppress(OSError):
+        return time.time() - path.stat().st_mtime < _YOUNG_S
+    return False
 
 
 def _delete(*paths: Path) -> None:

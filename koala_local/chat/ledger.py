@@ -20,7 +20,7 @@ from koala_local.engine.cache import PrefixCache, common_prefix
 from koala_local.engine.plain_text import PlainText
 from koala_local.engine.sampling import Sampling
 from koala_local.engine.text_stream import TextStream
-from koala_local.errors import ContextError, Interrupted
+from koala_local.errors import ContextError, Interrupted, KoalaError
 
 Overflow = Literal["exact", "shift"]
 Finish = Literal["stop", "length", "interrupted"]
@@ -255,10 +255,9 @@ class _Writing:
         wanted = min(sampling.max_tokens or size, int(size * REPLY_ROOM))
         before = self._dropped
         prompt = self._fit(wanted + self._closing)
-        reused = self._cache.adopt(prompt, hold=self._dropped == before)
-        if reused == len(prompt):  # the logits of the last token are needed anew
-            reused -= 1
-            self._cache.crop(reused)
+        self._cache.adopt(prompt, hold=self._dropped == before)
+        self._cache.crop(len(prompt) - 1)  # the logits of the last token are needed anew
+        reused = len(self._cache.ids)
         self._evaluate(prompt)
         return reused, len(prompt) - reused
 
@@ -299,6 +298,10 @@ class _Writing:
                 self._cache.extend((token,))
         except Interrupted:
             return "interrupted", first or time.perf_counter()
+        except KoalaError:
+            if not self._ids:
+                raise
+            return "length", first  # what is written is kept
         return "length", first
 
     def _has_room(self) -> bool:
@@ -334,11 +337,16 @@ class _Writing:
         if self._stream.stopped:
             self._rewind_overshoot()
         text = self._unspaced(self._stream.text)
-        complete = self._ledger.ids(self._system, self._with_reply(text, self._ids), self._dropped)
-        self._cache.adopt(complete, hold=False)
-        with suppress(Interrupted):  # less is warm then; the reply is whole
-            self._evaluate(complete)
+        with suppress(Interrupted, KoalaError):  # less is warm then; the reply is whole
+            self._close_cache(text, finish)
         return text
+
+    def _close_cache(self, text: str, finish: Finish) -> None:
+        complete = self._ledger.ids(self._system, self._with_reply(text, self._ids), self._dropped)
+        missing = len(complete) - self._cache.adopt(complete, hold=False)
+        # Who stopped a reply does not wait for a history that is cold: the next turn reads it.
+        if finish != "interrupted" or missing <= self._closing + 1:
+            self._evaluate(complete)
 
     def _rewind_overshoot(self) -> None:
         """Keep the ids of the reply up to the stop string; a token that spans its start is tokenized again."""

@@ -11,7 +11,6 @@ from koala_local.chat.formats import pick_format
 from koala_local.chat.ledger import Ledger, Overflow
 from koala_local.dialogue import PromptFormat
 from koala_local.engine.llama import LlamaEngine, Placement
-from koala_local.errors import OutOfMemoryError
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probe
 from koala_local.models.resolve import resolve
@@ -70,7 +69,7 @@ def open_model(
     header = read_header(path)
     probe(path)
     context = options.context or min(header.context_length or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    engine = _load(path, header, options, context)
+    engine = LlamaEngine(path, header.fingerprint, Placement(context, options.gpu_layers, options.kv_type))
     if engine.context_size > engine.trained_context and not header.metadata.get(
         f"{header.architecture}.rope.scaling.type"
     ):
@@ -78,7 +77,7 @@ def open_model(
             f"the model was trained on {engine.trained_context} tokens of context, not {engine.context_size}: "
             "replies get worse beyond that"
         )
-    if engine.gpu_layers < (options.gpu_layers or 0):
+    if options.gpu_layers and not engine.gpu_layers:
         note("this build of llama.cpp has no GPU backend: all layers stay on the CPU")
     try:
         format, reason = _choose_format(options.template, path, header, engine)
@@ -100,18 +99,6 @@ def change_model(front: Front, reference: str, note: Callable[[str], None]) -> N
         return front.model.ledger(front.options.overflow)
 
     conversation.use_model(lambda: load(path), str(path), lambda: load(current.path))
-
-
-def _load(path: Path, header: GgufHeader, options: LoadOptions, context: int) -> LlamaEngine:
-    """`auto` starts with an f16 cache and gives up its precision before anything else leaves memory."""
-    kv_types = ["f16", "q8_0"] if options.kv_type == "auto" else [options.kv_type]
-    for kv_type in kv_types:
-        try:
-            return LlamaEngine(path, header.fingerprint, Placement(context, options.gpu_layers, kv_type))
-        except OutOfMemoryError:
-            if kv_type == kv_types[-1]:
-                raise
-    raise AssertionError("there is always one KV type to try")
 
 
 def _choose_format(template: str, path: Path, header: GgufHeader, engine: LlamaEngine) -> tuple[PromptFormat, str]:

@@ -16,6 +16,7 @@ from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel, LoadOptions, change_model
 from koala_local.chat.render import ReplyView
 from koala_local.chat.streaming import Act, ReplyStream
+from koala_local.chat.terminal import on_ctrl_c
 from koala_local.errors import Interrupted, KoalaError
 
 _LONGEST_LINE = 64 << 20  # bytes of one request; more is no message but a mistake
@@ -28,10 +29,14 @@ def one_reply(conversation: Conversation, text: str) -> None:
         lambda on_text, on_prefill: conversation.send(text, on_text, on_prefill),
         lambda done, total: None,
     )
-    view = ReplyView(console.out_console())
-    with view:
+    notes: list[str] = []
+    conversation.note = notes.append  # not into a reply that is being drawn
+    with on_ctrl_c(conversation.ledger.engine.interrupt), ReplyView(console.out_console()) as view:
         for chunk in stream:
             view.feed(chunk)
+    conversation.note = console.note
+    for note in notes:
+        console.note(note)
     finish = stream.answer().finish
     if finish == "interrupted":
         raise Interrupted
@@ -61,6 +66,9 @@ def json_lines(conversation: Conversation, model: LoadedModel, options: LoadOpti
 
 def _requests() -> Iterator[bytes]:
     while line := sys.stdin.buffer.readline(_LONGEST_LINE + 1):
+        rest = line
+        while len(rest) > _LONGEST_LINE and not rest.endswith(b"\n"):  # one line, one answer
+            rest = sys.stdin.buffer.readline(_LONGEST_LINE + 1)
         if line.strip():
             yield line
 
@@ -80,7 +88,7 @@ def _parse(line: bytes) -> Any:
         raise KoalaError(f"the line is longer than {_LONGEST_LINE >> 20} MiB", "send less text at a time")
     try:
         return json.loads(line.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise KoalaError(f"the line is not JSON: {error}", "send one JSON object a line, in UTF-8") from None
 
 
@@ -103,8 +111,9 @@ class JsonFront:
 
     def answer(self, act: Act) -> None:
         stream = ReplyStream(self.conversation.ledger.engine, act, lambda done, total: None)
-        for _ in stream:
-            pass
+        with on_ctrl_c(self.conversation.ledger.engine.interrupt):
+            for _ in stream:
+                pass
         self.last = answer = stream.answer()
         self._shown = None  # the reply is the answer to the command
         console.json_line({"reply": answer.text, "finish": answer.finish, "stats": asdict(answer.stats)})

@@ -8,6 +8,7 @@ from koala_local.chat import clipboard, prompt_views, views
 from koala_local.chat.attach import attachment, name_of
 from koala_local.chat.export import export as write_file
 from koala_local.chat.front import Front
+from koala_local.dialogue import Dialogue, Turn
 from koala_local.engine.sampling import with_setting
 from koala_local.engine.text_stream import plain
 from koala_local.errors import KoalaError
@@ -107,13 +108,15 @@ def copy(front: Front, _: str) -> None:
     path = front.conversation.path()
     if not path:
         raise KoalaError("there is no reply to copy yet", "type a message first")
-    front.show(f"copied with {clipboard.copy(path[-1].reply)}")
+    front.show(f"copied with {clipboard.copy(plain(path[-1].reply))}")
 
 
 def template(front: Front, reference: str) -> None:
     if reference:
         format, reason = front.model.choose_format(reference)
+        format.segments(Dialogue((Turn("hello"),), front.conversation.system))  # one that fails is not adopted
         front.conversation.use_format(format)
         front.model = replace(front.model, format=format, format_reason=reason)
+        front.options = replace(front.options, template=reference)
     front.show(f"{plain(front.model.format.name)} ({plain(front.model.format_reason)})")
     front.show(prompt_views.prompt_view(front.conversation))

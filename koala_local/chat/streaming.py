@@ -16,8 +16,8 @@ Act = Callable[[Callable[[str], None], Callable[[int, int], None]], Answer]
 class ReplyStream:
     """Iterate to get the reply's text as it is written; then `answer()`.
 
-    Ctrl-C (KeyboardInterrupt in the iterating thread) interrupts the engine and the iteration goes on to the end of
-    what was written. Any other exception does the same and is raised again afterwards.
+    An exception in the iterating thread, such as SystemExit from a signal, interrupts the engine, and goes on when the
+    reply has ended. For Ctrl-C let `terminal.on_ctrl_c` call the engine's `interrupt`.
     """
 
     def __init__(self, engine: Engine, act: Act, on_prefill: Callable[[int, int], None]) -> None:
@@ -39,14 +39,8 @@ class ReplyStream:
         thread = threading.Thread(target=self._work, name="reply")
         thread.start()
         try:
-            while True:
-                try:
-                    chunk = self._chunks.get()
-                    if chunk is None:
-                        return
-                    yield chunk
-                except KeyboardInterrupt:
-                    self._engine.interrupt()
+            while (chunk := self._chunks.get()) is not None:
+                yield chunk
         finally:
             if thread.is_alive() and self._answer is None and self._error is None:
                 self._engine.interrupt()

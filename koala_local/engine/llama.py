@@ -30,6 +30,7 @@ KV_TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_
 _BATCH = 512  # tokens between two looks at `interrupt` where the abort callback does not reach
 _BATCH_GPU = 128
 _LOGIT_ROWS = 64
+_HANDLES = ("_context", "_model", "_vocab", "_memory")  # of llama.cpp, until the engine is closed
 _log_tail: deque[str] = deque(maxlen=8)
 
 
@@ -42,7 +43,8 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how a model is loaded. `gpu_layers` None: all, fewer when memory does not allow."""
+    """Where and how a model is loaded. `gpu_layers` None: all, fewer when memory does not allow; `kv_type` "auto": f16,
+    but q8_0 before a layer leaves the GPU."""
 
     context: int
     gpu_layers: int | None = None
@@ -80,7 +82,7 @@ class LlamaEngine:
         ll.llama_log_set(_keep_log, None)
         ll.llama_backend_init()
         self.name = path.stem
-        self.gpu_layers, self._model, self._context = _load(path, placement)
+        self.gpu_layers, self.kv_type, self._model, self._context = _load(path, placement)
         self._handles = [lambda: ll.llama_free(self._context), lambda: ll.llama_model_free(self._model)]
         self._vocab = ll.llama_model_get_vocab(self._model)
         self._memory = ll.llama_get_memory(self._context)
@@ -91,8 +93,7 @@ class LlamaEngine:
         self._pieces: dict[int, bytes] = {}
         self.vocabulary = self._read_vocabulary()
         self.cache_key = (
-            f"model={fingerprint} context={self.context_size} kv={placement.kv_type} "
-            f"flash={_flash_attention(placement.kv_type)}"
+            f"model={fingerprint} context={self.context_size} kv={self.kv_type} flash={_flash_attention(self.kv_type)}"
         )
         self._batch = _Batch(_BATCH if self.gpu_layers == 0 else _BATCH_GPU)
         # llama.cpp polls this many times a token. libc's strlen is such a poll without any Python:
@@ -229,7 +230,13 @@ class LlamaEngine:
     def close(self) -> None:
         for free in self._handles:
             free()
-        self._handles = []
+        if self._handles:
+            self._handles = []
+            del self._context, self._model, self._vocab, self._memory
+
+    def __getattr__(self, name: str) -> Any:
+        """A closed engine answers with an error where llama.cpp would end the process."""
+        raise KoalaError("no model is loaded", "/model FILE loads one") if name in _HANDLES else AttributeError(name)
 
 
 class LlamaSampler:
@@ -298,8 +305,9 @@ class _Batch:
         return self._batch
 
 
-def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
-    """Load with as many layers on the GPU as memory allows: (layers, model, context)."""
+def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
+    """Load with as many layers on the GPU as memory allows: (layers, KV type, model, context)."""
+    kv_types = ["f16", "q8_0"] if placement.kv_type == "auto" else [placement.kv_type]
     for layers in _layer_choices(placement):
         _log_tail.clear()
         params = ll.llama_model_default_params()
@@ -307,9 +315,10 @@ def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
         model = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             continue
-        context = ll.llama_init_from_model(model, _context_params(placement))
-        if context:
-            return layers, model, context
+        for kv_type in kv_types:
+            context = ll.llama_init_from_model(model, _context_params(placement, kv_type))
+            if context:
+                return min(layers, int(ll.llama_model_n_layer(model)) + 1), kv_type, model, context
         ll.llama_model_free(model)
     reason = _log_tail[-1] if _log_tail else "llama.cpp gives no reason"
     if "alloc" in " ".join(_log_tail).lower() or "memory" in " ".join(_log_tail).lower():
@@ -328,15 +337,15 @@ def _layer_choices(placement: Placement) -> list[int]:
     return [999, 48, 32, 24, 16, 8, 0]
 
 
-def _context_params(placement: Placement) -> Any:
+def _context_params(placement: Placement, kv_type: str) -> Any:
     params = ll.llama_context_default_params()
     params.n_ctx = placement.context
     params.n_batch = params.n_ubatch = _BATCH
     params.n_seq_max = SLOTS
     params.kv_unified = True  # copies share cells; without it a partial copy aborts the process
     params.n_threads = params.n_threads_batch = placement.threads or physical_cores()
-    params.type_k = params.type_v = KV_TYPES[placement.kv_type]
-    params.flash_attn_type = _flash_attention(placement.kv_type)
+    params.type_k = params.type_v = KV_TYPES[kv_type]
+    params.flash_attn_type = _flash_attention(kv_type)
     params.no_perf = True
     return params
 

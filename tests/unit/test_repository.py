@@ -14,7 +14,7 @@ from koala_local import __version__
 from koala_local.cli import COMMANDS, load
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("koala_local", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
+FOLDERS = ("koala_local", "convert", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
 PROGRAM = ("koala_local", "convert", "tools", "benchmarks")
 LONGEST_FILE = 400  # lines, of the program
 
@@ -31,7 +31,8 @@ def dependencies() -> list[str]:
     """The names of all that pyproject.toml asks for, extras too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     asked = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
-    return [match[0] for name in asked if (match := re.match(r"[\w-]+", name))]
+    names = [match[0] for name in asked if (match := re.match(r"[\w-]+", name))]
+    return [name for name in names if name != project["name"]]
 
 
 def normal(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,9 @@ def test_another_model_keeps_the_conversation(open_chat: Open, tmp_path: Path) -
         raise KoalaError("no such model")
 
     with pytest.raises(KoalaError, match="no such model"):
-        chat.use_model(broken, "broken", lambda: Ledger(tiny_engine(tmp_path, seed=5, extra_tokens=[("<|x|>", 3)]), KOALA))
+        chat.use_model(
+            broken, "broken", lambda: Ledger(tiny_engine(tmp_path, seed=5, extra_tokens=[("<|x|>", 3)]), KOALA)
+        )
     assert chat.send("three", quiet).stats.prompt_tokens > 0
     chat.close()
 
@@ -238,3 +241,56 @@ def test_new_leaves_the_old_session_saved(open_chat: Open) -> None:
     assert (chat.path(), chat.session, chat.system) == ([], None, "Be kind.")
     assert old is not None
     assert chat.history.load(old.id)[1][0].user == "one"
+
+
+def test_turns_that_waited_are_saved_before_another_session_begins(
+    open_chat: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = open_chat()
+    chat.send("one", quiet)
+    with monkeypatch.context() as broken:
+        broken.setattr(chat.history, "add_turn", lambda *_, **__: (_ for _ in ()).throw(SessionError("full")))
+        chat.send("two", quiet)
+        chat.branch(None, "kept")
+    session = chat.session
+    chat.new()
+    assert session is not None
+    nodes = chat.history.load(session.id)[1]
+    assert [(node.user, node.name) for node in nodes] == [("one", ""), ("two", "kept")]
+
+
+def test_damaged_ids_are_made_anew_from_the_text(open_chat: Open) -> None:
+    chat = open_chat()
+    chat.send("one", quiet)
+    (number,) = chat.nodes
+    chat.nodes[number] = replace(chat.nodes[number], reply_ids=(0x7FFFFFFF,))
+    assert chat.exchanges(chat.path())[0].reply_ids is None
+    assert chat.send("two", quiet).stats.prompt_tokens > 0
+
+
+def test_a_format_is_taken_up_on_resume_and_cold_tokens_are_told(open_chat: Open, notes: list[str]) -> None:
+    chat = open_chat()
+    chat.use_format(FORMATS["vicuna-v1.1"])
+    chat.send("one", quiet)
+    chat.save()
+    chat.send("two", quiet)  # after the last save, as when the program is killed
+    assert chat.session is not None
+    chat._unlock()
+    again = open_chat()
+    again.resume(chat.session.id)
+    assert again.ledger.format.name == "vicuna-v1.1"
+    assert "tokens are evaluated again" in notes[-1]
+
+
+def test_without_any_model_left_there_is_an_error_and_no_crash(open_chat: Open, tmp_path: Path) -> None:
+    chat = open_chat(engine=tiny_engine(tmp_path))
+    chat.send("one", quiet)
+
+    def broken() -> Ledger:
+        raise KoalaError("gone")
+
+    with pytest.raises(KoalaError, match="gone"):
+        chat.use_model(broken, "other", broken)
+    with pytest.raises(KoalaError, match="no model is loaded"):
+        chat.send("two", quiet)
+    chat.close()

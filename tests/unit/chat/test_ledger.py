@@ -232,3 +232,28 @@ def test_user_text_holds_no_control_token(ledger: Ledger) -> None:
     for piece in pieces:
         assert piece.kind == "control" or not control & set(piece.ids)
     assert [piece.kind for piece in pieces] == ["control", "text", "reply", "control"]
+
+
+def test_stopping_while_old_turns_are_read_again_does_not_read_them_after_all(engine: LlamaEngine) -> None:
+    ledger = Ledger(engine, KOALA)
+    talk = Talk(ledger)
+    for turn in range(5):
+        talk.say(f"turn {turn}", Sampling(temperature=1.0, max_tokens=50), seed=turn)
+    path = [*talk.path, Exchange(Turn("at length"))]
+    before: list[int] = []
+
+    def stop_in_the_overflow(done: int, total: int) -> None:
+        if total > 100 and not before:
+            before.append(engine.evaluated_tokens)
+            engine.interrupt()
+
+    endless = replace(engine.vocabulary, ends=frozenset())
+    known, engine.vocabulary = engine.vocabulary, endless
+    try:
+        answer = ledger.reply("", path, 0, Sampling(temperature=1.0), 1, on_prefill=stop_in_the_overflow)
+    finally:
+        engine.vocabulary = known
+    assert before
+    assert answer.finish == "interrupted"
+    assert engine.evaluated_tokens - before[0] < 100
+    ledger.cache.clear()

@@ -1,0 +1,111 @@
+"""`koala quantize` and `koala recover` as a user runs them, and the result in `koala chat`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoint_maker import make_hf
+from tests.e2e.test_chat_command import koala
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf(tmp_path_factory.mktemp("koala-test") / "koala-tiny", layers=2, hidden=256)
+
+
+def quantize(home: Path, *arguments: str | Path) -> Any:
+    return koala(home, "quantize", *arguments)
+
+
+def test_from_a_checkpoint_to_a_conversation(tmp_path: Path, checkpoint: Path) -> None:
+    out = tmp_path / "tiny.gguf"
+    result = quantize(tmp_path, checkpoint, "-o", out, "--bits", "4")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"Q4_K_M" in result.stdout and b"perplexity" in result.stdout
+    report = json.loads((tmp_path / "tiny.json").read_text())
+    assert report["kind"] == "Q4_K_M"
+    assert report["size"] == out.stat().st_size
+    assert report["comparison"]["kl_mean"] < 0.05
+    assert "research" in (tmp_path / "tiny.md").read_text()  # Koala's licence, by the checkpoint's name
+    reply = koala(tmp_path / "home", "chat", out, "--json", "-p", "hello", "--max-tokens", "4")
+    assert json.loads(reply.stdout)["stats"]["generated_tokens"] <= 4
+
+
+def test_json_type_and_calibration(tmp_path: Path, checkpoint: Path) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("the hat and the cat are at the inn, and then another one. " * 200)
+    result = quantize(
+        tmp_path, checkpoint, "-o", tmp_path / "x.gguf", "--type", "q3_k_m", "--calibration", text,
+        "--tensor-type", "ffn_down=Q6_K", "--json",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr.decode()
+    report = json.loads(result.stdout)
+    assert report["kind"] == "Q3_K_M"
+    assert "words.txt" in report["calibration"]
+
+
+def test_a_gguf_is_a_source_too(tmp_path: Path, checkpoint: Path) -> None:
+    whole, again, direct = tmp_path / "f32.gguf", tmp_path / "again.gguf", tmp_path / "direct.gguf"
+    assert quantize(tmp_path, checkpoint, "-o", whole, "--type", "BF16", "--no-verify").returncode == 0
+    result = quantize(tmp_path, whole, "-o", again, "--bits", "8")
+    assert result.returncode == 0, result.stderr.decode()
+    assert quantize(tmp_path, checkpoint, "-o", direct, "--bits", "8", "--no-verify").returncode == 0
+    tail = 200_000  # the tensors; names differ in the head
+    assert again.read_bytes()[-tail:] == direct.read_bytes()[-tail:]
+
+
+def test_an_existing_output_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    out = tmp_path / "x.gguf"
+    out.write_text("precious")
+    result = quantize(tmp_path, checkpoint, "-o", out)
+    assert result.returncode == 1
+    assert b"exists already" in result.stderr
+    assert out.read_text() == "precious"
+    assert quantize(tmp_path, checkpoint, "-o", out, "--force", "--no-verify").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--type", "Q9_Z"], b"Q9_Z"),
+        (["--tensor-type", "ffn_down"], b"tensor type"),
+        (["--bits", "7"], b"7"),
+        (["--calibration", "no-such-file"], b"no-such-file"),
+    ],
+)
+def test_bad_options(tmp_path: Path, checkpoint: Path, arguments: list[str], what: bytes) -> None:
+    result = quantize(tmp_path, checkpoint, "-o", tmp_path / "x.gguf", *arguments)
+    assert result.returncode in (1, 2)
+    assert what in result.stderr
+    assert list(tmp_path.glob("*x.gguf*")) == []
+
+
+def test_a_broken_result_leaves_no_file(tmp_path: Path, checkpoint: Path) -> None:
+    """A mix that claims 16 bits and holds 2 diverges more than 16 bits may."""
+    out = tmp_path / "x.gguf"
+    result = quantize(tmp_path, checkpoint, "-o", out, "--type", "F16", "--tensor-type", ".*=Q2_K")
+    assert result.returncode == 1, result.stdout.decode()
+    assert b"KL" in result.stderr
+    assert list(tmp_path.glob("*")) == []
+
+
+def test_recover_adds_the_difference(tmp_path: Path) -> None:
+    base = make_hf(tmp_path / "base", layers=2, hidden=64, seed=1, dtype=torch.float32)
+    diff = make_hf(tmp_path / "diff", layers=2, hidden=64, seed=2, dtype=torch.float32)
+    result = koala(tmp_path / "home", "recover", "--base", base, "--diff", diff, "-o", tmp_path / "koala")
+    assert result.returncode == 0, result.stderr.decode()
+    from transformers import LlamaForCausalLM
+
+    states = [LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in (base, diff, tmp_path / "koala")]
+    for name, tensor in states[2].items():
+        assert torch.equal(tensor, states[0][name] + states[1][name])
+    again = koala(tmp_path / "home", "recover", "--base", base, "--diff", diff, "-o", tmp_path / "koala")
+    assert again.returncode == 1
+    assert b"exists" in again.stderr
+    pair = quantize(tmp_path / "home", diff, "--base", base, "-o", tmp_path / "pair.gguf", "--no-verify")
+    assert pair.returncode == 0, pair.stderr.decode()

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import decode, overflow, resume, startup, turns
+from benchmarks import attention, decode, overflow, resume, startup, turns
 from benchmarks.models import LLAMA_160M, RUNS, Model, random_model, silence
 from benchmarks.table import Row, markdown, write
 from koala_local.nano import MODEL_PATH
 
-_NAMES = ("decode", "turns", "resume", "overflow", "startup")
+_NAMES = ("attention", "decode", "turns", "resume", "overflow", "startup")
 _Job = tuple[str, str, Callable[[], list[Row]]]  # name, what of it, the measurement
 
 
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 def _jobs(models: list[Model], quick: bool) -> list[_Job]:
     jobs: list[_Job] = [
         (module.__name__.rpartition(".")[2], model.name, partial(module.run, model, quick))
-        for module in (decode, turns, resume)
+        for module in (attention, decode, turns, resume)
         for model in models
     ]
     jobs.append(("overflow", "bundled", partial(overflow.run, models[-1], quick)))

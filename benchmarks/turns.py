@@ -4,7 +4,8 @@ same history, which is what llama.cpp itself needs there: attention reads every 
 the conversation, in a small model far more than in a large one. And against the `Llama` class, which keeps the cache as
 far as the re-tokenized prompt has a common prefix with it.
 
-All messages have the same length, the replies 64 tokens. The medians are over several questions asked at the same
+All messages have the same length; the replies are short ones of 12 tokens, as the bundled model writes, and then long
+ones of 64. The medians are over several questions asked at the same
 place, the cache cut back to the history before each.
 """
 
@@ -21,12 +22,16 @@ from benchmarks.talk import Talk, numbered, rendered
 from koala_local.chat.ledger import Exchange, Stats
 from koala_local.dialogue import Turn
 
-_REPLY = 64
+_REPLIES = (12, 64)
 
 
 def run(model: Model, quick: bool) -> list[Row]:
     """Rows for one model."""
-    last, reply, repeats = (8, 16, 3) if quick else (30, _REPLY, 9)
+    return [row for reply in _REPLIES for row in _run(model, reply, quick)]
+
+
+def _run(model: Model, reply: int, quick: bool) -> list[Row]:
+    last, repeats = (8, 3) if quick else (30, 9)
     with closing(model.endless_engine()) as engine:
         talk = Talk(engine)
         talk.say(numbered(1), reply)
@@ -37,7 +42,7 @@ def run(model: Model, quick: bool) -> list[Row]:
             late, same = _beside_bare(talk, bare, repeats)
         cold = [_cold(talk, numbered(last)) for _ in range(1 if quick else 3)]
     peer = _high_level_ttft(model, talk, last, reply, 1 if quick else 5)
-    return _rows(model, last, (early, late, cold), same, peer)
+    return _rows(f"{model.name}, replies of {reply}", last, (early, late, cold), same, peer)
 
 
 def _beside_bare(talk: Talk, bare: BareLoop, repeats: int) -> tuple[list[Stats], list[float]]:
@@ -72,12 +77,12 @@ def _high_level_ttft(model: Model, talk: Talk, turn: int, reply: int, repeats: i
 
 
 def _rows(
-    model: Model, last: int, stats: tuple[list[Stats], list[Stats], list[Stats]], same: list[float], peer: float
+    what: str, last: int, stats: tuple[list[Stats], list[Stats], list[Stats]], same: list[float], peer: float
 ) -> list[Row]:
     second, late, whole = (1000 * median(part.ttft_s for part in parts) for parts in stats)
     before, few, many = (parts[0].evaluated_tokens for parts in stats)
     bare, high = 1000 * median(same), 1000 * peer
-    name, counted = f"first token at turn {last}, {model.name}", f"tokens evaluated at turn {last}, {model.name}"
+    name, counted = f"first token at turn {last}, {what}", f"tokens evaluated at turn {last}, {what}"
     return [
         Row(name, late, "ms", second, "turn 2", late / second, at_most=1.2, note=f"{few} tokens evaluated"),
         Row(name, late, "ms", bare, "the same tokens in a bare loop", late / bare),

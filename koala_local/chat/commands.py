@@ -36,7 +36,10 @@ def run_line(front: Front, line: str) -> None:
         return
     words = line.removeprefix("/").split(maxsplit=1)
     name = words[0].lower() if words else "help"
-    _find(_ALIASES.get(name, name)).run(front, words[1].strip() if len(words) > 1 else "")
+    command, argument = _find(_ALIASES.get(name, name)), words[1].strip() if len(words) > 1 else ""
+    if argument and not command.usage:
+        raise KoalaError(f"/{command.name} takes nothing behind it", f"/{command.name} alone: {command.help}")
+    command.run(front, argument)
 
 
 def _find(name: str) -> Command:

@@ -69,6 +69,7 @@ class Conversation:
         self.nodes: dict[int, Node] = {}
         self.head: int | None = None
         self._owner = True
+        self._refused = False  # the disk refused the last turn
         self._saved_ids: list[int] = []
         self.ledger.cache.adopt([])
         self._unlock()
@@ -106,13 +107,23 @@ class Conversation:
         return node.reply_ids if sound and (node.reply_ids or not node.reply) else None
 
     def branches(self) -> list[Branch]:
-        """Every line of the tree, oldest first; the current position counts as one even where it goes on."""
-        parents = {node.parent for node in self.nodes.values()}
-        named = {node.id for node in self.nodes.values() if node.name}
-        ends = sorted((self.nodes.keys() - parents) | named | ({self.head} if self.head is not None else set()))
+        """Every line of the tree. A turn goes on with its parent's line where it is the first to do so and no name ends
+        that line; else it begins a line. So a line keeps its number whatever comes later."""
+        line_of: dict[int | None, int] = {}
+        ends: list[int] = []
+        ended: set[int | None] = {None}
+        for node in sorted(self.nodes.values(), key=lambda node: (node.id < 0, abs(node.id))):
+            if node.parent in ended or self.nodes[node.parent or 0].name:
+                line_of[node.id] = len(ends)
+                ends.append(node.id)
+            else:
+                line_of[node.id] = line_of[node.parent]
+                ends[line_of[node.id]] = node.id
+            ended.add(node.parent)
+        current = line_of.get(self.head)
         return [
-            Branch(number, self.nodes[end], len(self.path(end)), end == self.head)
-            for number, end in enumerate(ends, start=1)
+            Branch(line + 1, self.nodes[end], len(self.path(end)), current=line == current)
+            for line, end in enumerate(ends)
         ]
 
     def turn(self, number: int) -> Node:
@@ -184,8 +195,11 @@ class Conversation:
             for number in waiting:
                 self._commit(self.nodes[number])
         except SessionError as error:
-            turns = "this turn is" if len(waiting) == 1 else f"{len(waiting)} turns are"
-            self.note(f"{turns} not saved yet: {error.message}")
+            if not self._refused:  # once, not at every turn
+                self.note(f"from here on turns are not saved: {error.message}")
+            self._refused = True
+        else:
+            self._refused = False
 
     def _commit(self, node: Node) -> None:
         """Save one turn; its id becomes the saved one, everywhere. Raises SessionError, nothing changed."""
@@ -361,6 +375,10 @@ class Conversation:
             self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
         self._update(model=self.model, format=self.ledger.format.name)
 
+    def lost_turns(self) -> int:
+        """How many turns are not on disk; they are gone when the program ends."""
+        return sum(number < 0 for number in self.nodes)
+
     def save(self) -> None:
         """Write what is not saved yet: turns that the disk refused, and the KV cache if it changed."""
         self._save_waiting()
@@ -376,6 +394,8 @@ class Conversation:
     def close(self) -> None:
         """Save and let go of everything."""
         self.save()
+        if lost := self.lost_turns():
+            self.note(f"{lost} {'turn is' if lost == 1 else 'turns are'} lost: the disk refused to save them")
         self._unlock()
         self.history.close()
         self.ledger.engine.close()

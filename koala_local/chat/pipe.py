@@ -75,9 +75,9 @@ def _requests() -> Iterator[bytes]:
 
 def _serve(front: JsonFront, line: bytes) -> None:
     match _parse(line):
-        case {"user": str(text)} if text.strip():
+        case {"user": str(text), **others} if text.strip() and not others:
             say(front, text)
-        case {"command": str(command)}:
+        case {"command": str(command), **others} if not others:
             front.command(command)
         case _:
             raise KoalaError("the line is no request", 'send {"user": "text"} or {"command": "/help"}')
@@ -107,7 +107,7 @@ class JsonFront:
         self._shown = []
         run_line(self, line)
         if self._shown is not None:
-            console.json_line({"shown": "\n".join(self._shown)})
+            console.json_line({"shown": "\n".join(line.rstrip() for line in "\n".join(self._shown).splitlines())})
 
     def answer(self, act: Act) -> None:
         stream = ReplyStream(self.conversation.ledger.engine, act, lambda done, total: None)

@@ -120,6 +120,7 @@ def session_of(row: tuple[Any, ...], nodes: list[Node]) -> Session:
     if head is not None and head not in {node.id for node in nodes}:
         head = nodes[-1].id if nodes else None
     title, system, format, model = texts
+    title = title or (_title(nodes[0].user) if nodes else "")
     return Session(id, title, system, format, model, seed, head, _time(created), _time(updated))
 
 

@@ -64,12 +64,15 @@ def branch(front: Front, argument: str) -> None:
     if name.isdecimal() or len(name) > _LONGEST_NAME:
         hint = f"a name is no number, and has at most {_LONGEST_NAME} characters"
         raise KoalaError(f"a branch cannot be called {name[:50]}", hint)
-    left = conversation.path()[-1].id
+    if number is None and not name:
+        hint = "/branch N goes on behind turn N, /branch NAME keeps this line"
+        raise KoalaError("a turn or a name is missing", hint)
+    left = next(branch.number for branch in conversation.branches() if branch.current)
     conversation.branch(number, name)
     turns = len(conversation.path())
-    kept = [f" {branch.number}" for branch in conversation.branches() if branch.last.id == left]
-    stays = f"; the line so far is branch{kept[0]}{' ' * bool(name)}{name}" if kept else ""
-    front.show(f"you go on {f'behind turn {turns}' if turns else 'from the beginning'}{stays}")
+    where = f"behind turn {turns}" if turns else "from the beginning"
+    back = name or str(left)
+    front.show(f"you go on {where}; the line so far is kept, /switch {back} goes back to it")
 
 
 def switch(front: Front, reference: str) -> None:

@@ -83,24 +83,29 @@ def sampling_table(sampling: Sampling) -> RenderableType:
     return pairs((field.name, f"{getattr(sampling, field.name):g}") for field in fields(sampling))
 
 
+_ENDED = {"stop": "ended by the model", "length": "cut at its longest", "interrupted": "stopped by you"}
+
+
 def stats_table(conversation: Conversation, last: Answer | None) -> RenderableType:
     """What the last reply cost, and what the cache holds."""
     rows: list[tuple[str, str]] = []
     if last:
         stats = last.stats
         rows = [
-            ("reply", f"{stats.generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, ended by {last.finish}"),
-            ("first token", f"after {stats.ttft_s:.2f} s"),
+            ("reply", f"{stats.generated_tokens} tokens, {stats.tokens_per_s:.1f} tokens/s, {_ENDED[last.finish]}"),
+            ("first token", f"after {stats.ttft_s * 1000:.0f} ms"),
             (
                 "prompt",
                 f"{stats.prompt_tokens} tokens: {stats.reused_tokens} reused, {stats.evaluated_tokens} evaluated",
             ),
-            ("context", f"{stats.context_used} of {stats.context_size} tokens"),
-            ("dropped", f"{stats.dropped_turns} turns have left the context"),
         ]
-    ledger = conversation.ledger
+    ledger, path = conversation.ledger, conversation.path()
     size, held = ledger.engine.context_size, ledger.cache.held
+    dropped = path[-1].dropped if path else 0
+    used = len(ledger.ids(conversation.system, conversation.exchanges(path), dropped)) if path else 0
     rows += [
+        ("context", f"{used} of {size} tokens"),
+        ("dropped", f"{dropped} {'turn has' if dropped == 1 else 'turns have'} left the context"),
         ("KV cache", f"{ledger.cache.used_cells} of {size} cells"),
         ("held", f"{held} other {'branch' if held == 1 else 'branches'}"),
         ("evaluated", f"{ledger.engine.evaluated_tokens} tokens since the model was loaded"),

@@ -351,8 +351,11 @@ def _context_params(placement: Placement, kv_type: str) -> Any:
 
 
 def _flash_attention(kv_type: str) -> int:
-    """Quantized V needs flash attention; otherwise llama.cpp decides by the device."""
-    return int(ll.LLAMA_FLASH_ATTN_TYPE_AUTO if kv_type == "f16" else ll.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+    """Quantized V needs flash attention. On a CPU it takes twice as long to read a message behind a long history (see
+    benchmarks/attention.py); on a GPU llama.cpp decides by the device."""
+    if kv_type != "f16":
+        return int(ll.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+    return int(ll.LLAMA_FLASH_ATTN_TYPE_AUTO if can_offload() else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED)
 
 
 def _decode_error(status: int) -> KoalaError:

@@ -46,6 +46,6 @@ def with_setting(sampling: Sampling, name: str, value: str | float) -> Sampling:
         number = math.nan
     if not low <= number <= high:  # NaN fails every comparison
         kind = "a whole number" if key in whole else "a number"
-        raise KoalaError(f"{name} cannot be {value}", f"{name} is {kind} from {low:g} to {high:g}")
+        raise KoalaError(f"{name} cannot be {value}", f"{name} is {kind} from {low:,.15g} to {high:,.15g}")
     changes: dict[str, Any] = {key: number}
     return replace(sampling, **changes)

@@ -11,7 +11,7 @@ from koala_local.errors import ModelFileError
 
 _START = 512  # bytes looked at
 _GET_GGUF = "get the model as a .gguf file"
-_AGAIN = "delete it and download the .gguf file itself"
+_AGAIN = "give the path of a .gguf model file"
 _OLD = "in the old {} format (.ggml, .ggmlv3), which llama.cpp no longer reads"
 _CONVERTED = "get the model as GGUF; Koala 13B is in mradermacher/koala-13B-HF-GGUF on the Hugging Face hub"
 _KINDS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (  # first bytes in lower case: what, what to do

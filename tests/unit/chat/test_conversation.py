@@ -120,6 +120,25 @@ def test_branches_by_name(open_chat: Open) -> None:
         chat.switch("nowhere")
 
 
+def test_a_line_keeps_its_number(open_chat: Open) -> None:
+    chat = open_chat()
+    for text in ("one", "two", "three"):
+        chat.send(text, quiet)
+    end = chat.head
+    chat.branch(1)
+    chat.send("other", quiet)
+    chat.send("and more", quiet)
+    lines = [(branch.number, branch.turns, branch.current) for branch in chat.branches()]
+    assert lines == [(1, 3, False), (2, 3, True)]
+    assert chat.switch("1").last.id == end
+    chat.branch(None, "kept")
+    chat.send("behind a named end", quiet)
+    assert [branch.number for branch in chat.branches() if branch.current] == [3]
+    assert chat.switch("kept").last.id == end
+    chat.undo()
+    assert [branch.number for branch in chat.branches() if branch.current] == [1]
+
+
 def test_resume_evaluates_nothing_old(open_chat: Open, notes: list[str]) -> None:
     chat = open_chat()
     for text in ("one", "two", "three"):
@@ -213,7 +232,7 @@ def test_a_disk_that_refuses_does_not_end_the_chat(
 
     monkeypatch.setattr(chat.history, "add_turn", refuse)
     chat.send("two", quiet)
-    assert notes == ["this turn is not saved yet: the disk is full"]
+    assert notes == ["from here on turns are not saved: the disk is full"]
     chat.regenerate(quiet)
     monkeypatch.undo()
     chat.send("three", quiet)

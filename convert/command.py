@@ -1,0 +1,292 @@
+"""`koala quantize` and `koala recover`: paths and options in, a checkpoint with its report out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from koala_local import console
+from koala_local.errors import KoalaError
+
+if TYPE_CHECKING:
+    from .architecture import Checkpoint, ModelConfig
+    from .calibration import Sample, Tokenizer
+    from .report import Report
+    from .verify import Comparison
+    from .vocabulary import Vocabulary
+
+_BITS = ("2", "3", "4", "5", "6", "8")
+_HELD_LENGTH = 512  # tokens of a sequence of the held text
+_VERIFY_SECONDS = 180.0  # what the source's forward pass may take
+_CALIBRATION_LENGTH, _CALIBRATION_SEQUENCES = 512, 64
+_EXISTING = click.Path(exists=True, path_type=Path)
+
+
+@click.command(short_help="Make a model of 2 to 8 bits a weight from a checkpoint.")
+@click.argument("source", type=_EXISTING)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write; default: named after SOURCE.")
+@click.option("--bits", type=click.Choice(_BITS), default="4", help="Bits a weight; picks the recommended type.")
+@click.option("--type", "kind", metavar="TYPE", help="The type itself, such as Q4_K_M, Q5_K_S, IQ4_XS, BF16.")
+@click.option("--base", type=_EXISTING, help="SOURCE is a weight difference, such as Koala's: add it to this LLaMA.")
+@click.option("--tokenizer", type=_EXISTING, help="Folder of the tokenizer, where SOURCE has none.")
+@click.option("--calibration", type=_EXISTING, help="A text or dialogue file to weigh rounding errors by.")
+@click.option("--imatrix", type=_EXISTING, help="An importance matrix that llama-imatrix wrote, instead.")
+@click.option("--tensor-type", "overrides", multiple=True, metavar="PATTERN=TYPE", help="The type of some tensors.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the output with its source.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Default: all cores.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def quantize(source: Path, **options: Any) -> None:
+    """Write SOURCE as a GGUF file that `koala chat` and llama.cpp run.
+
+    SOURCE is a Hugging Face folder, Meta's folder, an EasyLM stream or a GGUF of the LLaMA family. It is read tensor by
+    tensor in one pass; the whole model is never in memory.
+    """
+    from .checkpoint import open_checkpoint
+    from .kquants import kind_for_bits, parse_overrides
+    from .recover import sum_checkpoint
+
+    if options["calibration"] and options["imatrix"]:
+        raise click.UsageError("--calibration and --imatrix exclude each other")
+    kind = (options["kind"] or kind_for_bits(int(options["bits"]))).upper()
+    overrides = parse_overrides(options["overrides"])
+    checkpoint = open_checkpoint(source)
+    if options["base"]:
+        checkpoint = sum_checkpoint(open_checkpoint(options["base"]), checkpoint)
+    out = options["output"] or Path(f"{_stem(source)}-{kind.lower()}.gguf")
+    if out.exists() and not options["force"]:
+        raise KoalaError(f"{out} exists already", "give another name with -o, or --force to replace it")
+    with _unverified(out) as written:
+        report = _quantize_gguf(source, checkpoint, written, out.stem, kind, overrides, options)
+        os.replace(written, out)
+    _publish(report, out, as_json=options["as_json"])
+
+
+def _stem(source: Path) -> str:
+    path = source.resolve()
+    return path.name if path.is_dir() else path.stem
+
+
+@contextmanager
+def _unverified(out: Path) -> Iterator[Path]:
+    """A name beside `out` for what is not verified yet; nothing stays there when anything fails."""
+    path = out.with_name(f".{os.getpid()}-{out.name}")
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _quantize_gguf(
+    source: Path,
+    checkpoint: Checkpoint,
+    written: Path,
+    name: str,
+    kind: str,
+    overrides: tuple[tuple[str, str], ...],
+    options: dict[str, Any],
+) -> Report:
+    from .gguf import Progress, write_gguf
+    from .importance import importance_matrix, read_imatrix
+    from .report import Report, card_fit
+
+    config = checkpoint.config
+    folder = options["tokenizer"] or checkpoint.tokenizer_folder
+    vocabulary = _vocabulary(source, folder, config)
+    for note in vocabulary.notes:
+        console.note(note)
+    importance, calibrated = None, ""
+    if options["imatrix"]:
+        importance, calibrated = read_imatrix(options["imatrix"]), options["imatrix"].name
+    elif options["calibration"]:
+        sample = _calibration_sample(options["calibration"], source, folder, config)
+        calibrated = str(sample)
+        with console.progress("calibrating", "layer") as step:
+            importance = importance_matrix(checkpoint, sample.batches(), step)
+    with console.progress("quantizing", "B") as step:
+
+        def tell(progress: Progress) -> None:
+            step(progress.done, progress.total, progress.tensor)
+
+        made = write_gguf(
+            checkpoint,
+            vocabulary,
+            written,
+            kind,
+            overrides=overrides,
+            importance=importance,
+            threads=options["threads"],
+            progress=tell,
+            force=True,
+        )
+    comparison, held = (None, "") if options["no_verify"] else _verify(checkpoint, source, folder, written, kind)
+    return Report(
+        name=config.name or name,
+        format="GGUF",
+        kind=kind,
+        size=made.size,
+        parameters=made.parameters,
+        bits_per_weight=made.bits_per_weight,
+        source=_stem(source),
+        fits=card_fit(made.size, config),
+        comparison=comparison,
+        sample=held,
+        calibration=calibrated,
+        notes=made.notes,
+    )
+
+
+def _vocabulary(source: Path, folder: Path | None, config: ModelConfig) -> Vocabulary:
+    from .gguf_vocabulary import read_gguf_vocabulary
+    from .vocabulary import read_vocabulary
+
+    if folder is not None:
+        return read_vocabulary(folder, config)
+    if _is_gguf(source):
+        return read_gguf_vocabulary(source, config)
+    raise KoalaError(f"{source} has no tokenizer files", "name their folder with --tokenizer FOLDER")
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+@contextmanager
+def _tokenizer(source: Path, folder: Path | None, config: ModelConfig) -> Iterator[Tokenizer]:
+    """The source's own tokenizer: that of its folder, or llama.cpp's where the source is a GGUF."""
+    from .calibration import Tokenizer
+
+    if folder is None:
+        with _engine(source, 256) as engine:
+            yield Tokenizer(engine.tokenize, engine.vocabulary.bos, engine.vocabulary.eos)
+    else:
+        from koala_local.engine.gptq_tokenizer import Expected, GptqTokenizer
+
+        tokenizer = GptqTokenizer(folder, Expected(config.vocabulary_size, config.bos, config.eos))
+        yield Tokenizer(tokenizer.tokenize, tokenizer.vocabulary.bos, tokenizer.vocabulary.eos)
+
+
+def _calibration_sample(path: Path, source: Path, folder: Path | None, config: ModelConfig) -> Sample:
+    from .calibration import make_sample, read_texts
+    from .estimate import estimate
+
+    with _tokenizer(source, folder, config) as tokenizer:
+        sample = make_sample(read_texts(path), tokenizer, length=_CALIBRATION_LENGTH, most=_CALIBRATION_SEQUENCES)
+    cost = estimate(config, sample.tokens, _CALIBRATION_LENGTH, head=False)
+    console.note(f"calibration: {sample}; {cost}")
+    return sample
+
+
+def _verify(
+    checkpoint: Checkpoint, source: Path, folder: Path | None, written: Path, kind: str
+) -> tuple[Comparison, str]:
+    """Reload the output in llama.cpp and compare its predictions on the held text with the source's.
+    Raises VerificationError."""
+    from .verify import check, compare, streamed_logits
+
+    with _engine(written, _HELD_LENGTH) as engine:
+        with _tokenizer(source, folder, checkpoint.config) as tokenizer:
+            sample = _held_sample(checkpoint.config, tokenizer)
+            _check_round_trip(engine.tokenize, tokenizer)
+        with console.progress("source", "layer") as step:
+            logits = streamed_logits(checkpoint, sample.sequences, step)
+        with console.progress("comparing", "sequence") as step:
+            comparison = compare(logits, engine.all_logits, sample.sequences, step)
+    check(comparison, kind)
+    return comparison, str(sample)
+
+
+def _held_sample(config: ModelConfig, tokenizer: Tokenizer) -> Sample:
+    """As much of the held text as the source's forward pass reads in a few minutes."""
+    from .calibration import builtin_held_out, make_sample
+    from .estimate import estimate
+
+    length = min(_HELD_LENGTH, config.context)
+    seconds = estimate(config, length, length).seconds
+    most = min(64, max(1, int(_VERIFY_SECONDS / max(seconds, 1e-3))))
+    sample = make_sample(builtin_held_out(), tokenizer, length=length, most=most)
+    console.note(f"verification: {sample}; {estimate(config, sample.tokens, length)}")
+    return sample
+
+
+@contextmanager
+def _engine(path: Path, context: int) -> Iterator[Any]:
+    from koala_local.engine.llama import LlamaEngine, Placement
+    from koala_local.models.gguf_header import read_header
+    from koala_local.models.load_probe import probe
+
+    fingerprint = read_header(path).fingerprint
+    probe(path)
+    engine = LlamaEngine(path, fingerprint, Placement(context=max(context, 256)))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def _check_round_trip(written: Callable[[str], list[int]], source: Tokenizer) -> None:
+    from .calibration import builtin_held_out
+    from .verify import VerificationError
+
+    for document in builtin_held_out().documents:
+        text = str(document)
+        if written(text) != list(source.encode(text)):
+            raise VerificationError(
+                "the written vocabulary tokenizes a text in another way than the source's tokenizer",
+                "please report which tokenizer this is",
+            )
+
+
+def _publish(report: Report, out: Path, *, as_json: bool) -> None:
+    """The report beside the output, as JSON and as a model card, and on the screen."""
+    for path, text in ((out.with_suffix(".json"), report.to_json()), (out.with_suffix(".md"), report.model_card())):
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    if as_json:
+        console.out(report.to_json().rstrip("\n"))
+        return
+    console.out(f"{out}  {report.kind}, {report.size / 1e9:.3f} GB, {report.bits_per_weight:.2f} bits a weight")
+    if (c := report.comparison) is not None:
+        console.out(
+            f"perplexity {c.perplexity:.4f}, source {c.source_perplexity:.4f}; KL divergence {c.kl_mean:.5f}; "
+            f"same likeliest token {c.same_top:.1%} ({c.tokens:,} predictions)"
+        )
+    for fit in report.fits:
+        cards = ", ".join(f"{card}" for card in fit.cards)
+        console.out(
+            f"{fit.total:.1f} GiB with {fit.context} tokens of {fit.kv_type} KV cache: "
+            + (f"fits cards of {cards} GB" if cards else "fits no card up to 24 GB")
+        )
+    console.note(f"report: {out.with_suffix('.json').name}, model card: {out.with_suffix('.md').name}")
+
+
+@click.command(short_help="Add Koala's published weight difference to LLaMA.")
+@click.option("--base", required=True, type=_EXISTING, help="LLaMA, in any format that is read.")
+@click.option("--diff", required=True, type=_EXISTING, help="An EasyLM stream or a Hugging Face folder.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--tokenizer", type=_EXISTING, help="Folder of the tokenizer, where the base has none.")
+@click.option("--dtype", type=click.Choice(["F32", "F16", "BF16"]), help="Type of the weights; default: the base's.")
+def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype: Any) -> None:
+    """Write base + difference as a Hugging Face checkpoint, streaming."""
+    from .checkpoint import open_checkpoint
+    from .recover import recover as recover_checkpoint
+
+    with console.progress("adding", "B") as step:
+
+        def tell(tensor: str, done: int, total: int) -> None:
+            step(done, total, tensor)
+
+        made = recover_checkpoint(
+            open_checkpoint(base), open_checkpoint(diff), output, tokenizer_folder=tokenizer, dtype=dtype, progress=tell
+        )
+    console.out(f"{made.folder}  {len(made.files)} files, {made.size / 1e9:.2f} GB, {made.dtype}")

@@ -1,0 +1,118 @@
+"""The folder of a GPTQ checkpoint: what stands in it beside the weights, and how it comes to its final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import koala_local
+from koala_local.errors import KoalaError
+
+from .architecture import ModelConfig
+from .gptq import GptqSettings
+from .json_file import member
+from .recover import configuration
+from .safetensors_writer import copy_file, sync_folder, write_json
+
+_MANIFEST = "run.json"
+_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+_COPIED = (
+    *_TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def open_partial(partial: Path, manifest: Mapping[str, Any], force: bool) -> None:
+    """Make the folder of an unfinished run, or keep the one that a run with the same manifest left."""
+    if (partial / _MANIFEST).is_file():
+        try:
+            found = json.loads((partial / _MANIFEST).read_text("utf-8"))
+        except ValueError:
+            found = None
+        if found == manifest:
+            return
+        if not force:
+            other = [key for key in manifest if not isinstance(found, dict) or found.get(key) != manifest[key]]
+            raise KoalaError(
+                f"{str(partial)!r} is of a stopped run with other {', '.join(other)}",
+                "repeat that command to go on with it, or give --force to begin anew",
+            )
+    elif partial.exists() and not force and any(partial.iterdir()):
+        raise KoalaError(f"{str(partial)!r} exists and is no stopped run", "delete it, or give --force")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_json(partial / _MANIFEST, manifest)
+
+
+def quantization_config(settings: GptqSettings) -> dict[str, Any]:
+    """What config.json and quantize_config.json say. Columns were ordered by activation, but with static groups the
+    file does not show it: `desc_act` is false."""
+    return {
+        "quant_method": "gptq",
+        "bits": settings.bits,
+        "group_size": settings.group_size,
+        "desc_act": False,
+        "sym": True,
+        "true_sequential": True,
+        "damp_percent": settings.damping,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "meta": {"quantizer": [f"koala-local:{koala_local.__version__}"]},
+    }
+
+
+def model_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json, with the special ids of the source and nothing invented."""
+    written = configuration(config, "F16")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        written.pop(key, None)
+    eos = config.eos[0] if len(config.eos) == 1 else list(config.eos)
+    ids = {"bos_token_id": config.bos, "eos_token_id": eos if config.eos else None}
+    return written | {key: value for key, value in ids.items() if value is not None}
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZERS)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what tokenizer files there are. Raises ModelFileError for links that leave the folder."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            copy_file(member(source, name), target / name)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the file so that it is there whole or not at all."""
+    temporary = path.with_name(f"{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Give the complete folder its name; what had the name before is deleted after that."""
+    for leftover in partial.glob("*.partial"):
+        leftover.unlink()
+    sync_folder(partial)
+    old = out.with_name(f"{out.name}.replaced")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    partial.rename(out)
+    (out / _MANIFEST).unlink()  # only now: killed before it, the same command finishes the run
+    sync_folder(out.parent)
+    if old.is_dir():
+        shutil.rmtree(old)
+    elif old.exists():
+        old.unlink()

@@ -1,0 +1,306 @@
+"""Which type each tensor gets, and the kernel that packs it.
+
+Types follow llama.cpp's mixes (`llama_model_quantize` of the installed library is the yardstick, and the tests hold
+every mix against it); the packing itself is that library's `ggml_quantize_chunk`, called through ctypes, which releases
+the interpreter lock, so that threads add up.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from koala_local.errors import KoalaError, ModelFileError
+
+from .architecture import ModelConfig
+
+BASE_TYPES = {
+    "F32": "F32",
+    "F16": "F16",
+    "BF16": "BF16",
+    "Q8_0": "Q8_0",
+    "Q6_K": "Q6_K",
+    "Q5_K_M": "Q5_K",
+    "Q5_K_S": "Q5_K",
+    "Q4_K_M": "Q4_K",
+    "Q4_K_S": "Q4_K",
+    "Q4_0": "Q4_0",
+    "IQ4_XS": "IQ4_XS",
+    "Q3_K_L": "Q3_K",
+    "Q3_K_M": "Q3_K",
+    "Q3_K_S": "Q3_K",
+    "Q2_K": "Q2_K",
+}
+RECOMMENDED = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0"}
+PLAIN_TYPES = ("F32", "F16", "BF16")
+TENSOR_TYPES = (*dict.fromkeys(BASE_TYPES.values()), "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
+_FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+
+
+def kind_for_bits(bits: int) -> str:
+    """The recommended mix for `--bits`. Raises KoalaError for a number that has none."""
+    if bits not in RECOMMENDED:
+        raise KoalaError(f"no mix is known for {bits} bits", f"choose from {', '.join(map(str, RECOMMENDED))}")
+    return RECOMMENDED[bits]
+
+
+def parse_overrides(specifications: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """`PATTERN=TYPE` words as (pattern, type) pairs. Raises KoalaError for a bad pattern or an unknown type.
+
+    The pattern is a regular expression, searched for anywhere in the GGUF name of a tensor (`blk.3.ffn_down.weight`),
+    as llama.cpp's `--tensor-type` does, so that recipes written for it carry over.
+    """
+    return tuple(_parse_override(specification) for specification in specifications)
+
+
+def _parse_override(specification: str) -> tuple[str, str]:
+    pattern, _, type_ = specification.rpartition("=")
+    if type_.upper() not in TENSOR_TYPES:
+        raise KoalaError(f"unknown tensor type in {specification!r}", f"PATTERN=TYPE; types: {', '.join(TENSOR_TYPES)}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise KoalaError(f"bad pattern in {specification!r}: {error}", "the pattern is a regular expression") from None
+    if not pattern:
+        raise KoalaError(f"no pattern in {specification!r}", "write PATTERN=TYPE, such as ffn_down=Q6_K")
+    return pattern, type_.upper()
+
+
+def tensor_types(
+    kind: str,
+    config: ModelConfig,
+    tensors: Mapping[str, Sequence[int]],
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    importance: bool = False,
+) -> dict[str, str]:
+    """The type of each tensor, by GGUF name, in the order given.
+
+    `tensors` maps GGUF names to shapes, rows first. `importance` says whether an importance matrix will be used: two
+    mixes ask. The first override that matches decides; norms, biases and other vectors stay F32. Raises KoalaError for
+    an unknown mix, or an override that matches nothing.
+    """
+    if kind not in BASE_TYPES:
+        raise KoalaError(f"unknown quantization type {kind!r}", f"choose from {', '.join(BASE_TYPES)}")
+    mix = _Mix(kind, config, tied="output.weight" not in tensors, importance=importance)
+    patterns = [(re.compile(pattern), type_) for pattern, type_ in overrides]
+    used: set[str] = set()
+    chosen = {}
+    for name in sorted(tensors, key=_model_order):
+        override = next(((regex, type_) for regex, type_ in patterns if regex.search(name)), None)
+        if len(tensors[name]) < 2 or not name.endswith("weight") or name.endswith("_norm.weight"):
+            chosen[name] = "F32"
+        elif override is not None:
+            used.add(override[0].pattern)
+            chosen[name] = fitting(override[1], tensors[name][-1])
+        else:
+            chosen[name] = fitting(mix.type_of(name, tensors[name][-1]), tensors[name][-1])
+    for pattern, _ in overrides:
+        if pattern not in used:
+            raise KoalaError(
+                f"--tensor-type {pattern!r} decides no tensor",
+                "patterns match GGUF names, such as blk.0.ffn_down.weight",
+            )
+    return {name: chosen[name] for name in tensors}
+
+
+def fitting(type_: str, columns: int) -> str:
+    """`type_`, or what llama.cpp puts in its place where rows of `columns` weights do not divide into its blocks."""
+    if columns % block_size(type_) == 0:
+        return type_
+    smaller = _FALLBACKS.get(type_, type_)
+    return smaller if columns % block_size(smaller) == 0 else "F16"
+
+
+def block_size(type_: str) -> int:
+    """Weights per block of a type."""
+    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]][0])
+
+
+def row_size(type_: str, columns: int) -> int:
+    """Bytes of a row of `columns` weights, which must divide into blocks."""
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
+    return int(columns // weights * size)
+
+
+def _model_order(name: str) -> tuple[int, str]:
+    block = _BLOCK.match(name)
+    return (int(block[1]) if block else -1, name)
+
+
+def _more_bits(index: int, layers: int) -> bool:
+    """The layers that the _M mixes give more bits: the first and last eighth, and every third between."""
+    return index < layers // 8 or index >= 7 * layers // 8 or (index - layers // 8) % 3 == 2
+
+
+@dataclass(slots=True)
+class _Mix:
+    """llama.cpp's choice, tensor after tensor in its order. It counts the tensors that it decides itself, so an
+    overridden one shifts the layer number of those after it; the counters here do the same."""
+
+    kind: str
+    config: ModelConfig
+    tied: bool
+    importance: bool
+    attention_values: int = 0
+    downs: int = 0
+
+    def type_of(self, name: str, columns: int) -> str:
+        base = BASE_TYPES[self.kind]
+        if base in PLAIN_TYPES:
+            return base
+        if name == "output.weight" or (self.tied and name == "token_embd.weight"):
+            return self._output(base, columns)
+        if "attn_v.weight" in name:
+            self.attention_values += 1
+            return self._attention_value(base, self.attention_values - 1)
+        if "ffn_down" in name:
+            self.downs += 1
+            return self._down(base, self.downs - 1)
+        if "attn_output.weight" in name:
+            return {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}.get(self.kind, base)
+        return base
+
+    def _output(self, base: str, columns: int) -> str:
+        return "Q8_0" if base == "Q8_0" or columns % block_size(base) else "Q6_K"
+
+    def _attention_value(self, base: str, index: int) -> str:
+        grouped = self.config.heads // self.config.kv_heads >= 4
+        type_ = base
+        match self.kind:
+            case "Q2_K":
+                type_ = "Q4_K" if grouped else "Q3_K"
+            case "Q3_K_M":
+                type_ = "Q5_K" if index < 2 else "Q4_K"
+            case "Q3_K_L":
+                type_ = "Q5_K"
+            case "IQ4_XS" if grouped:
+                type_ = "Q5_K"
+            case "Q4_K_M" | "Q5_K_M" if _more_bits(index, self.config.layers):
+                type_ = "Q6_K"
+            case "Q4_K_S" if index < 4:
+                type_ = "Q5_K"
+        # A model of 80 layers with grouped heads is taken for Llama-2-70B, whose small attn_v can afford more bits.
+        llama_70b = self.config.layers == 80 and self.config.heads != self.config.kv_heads
+        return "Q5_K" if llama_70b and type_ in ("Q3_K", "Q4_K") else type_
+
+    def _down(self, base: str, index: int) -> str:
+        layers = self.config.layers
+        first_eighth = index < layers // 8
+        match self.kind:
+            case "Q2_K":
+                return "Q3_K"
+            case "Q3_K_M":
+                return "Q5_K" if index < layers // 16 else "Q4_K"
+            case "Q3_K_L":
+                return "Q5_K"
+            case "Q4_K_M" | "Q5_K_M" if _more_bits(index, layers):
+                return "Q6_K"
+            case "Q4_K_S" if first_eighth:
+                return "Q5_K"
+            case "IQ4_XS" if first_eighth and not self.importance:
+                return "Q5_K"
+            case "Q4_0" if first_eighth and self.importance:
+                return "Q4_1"
+        return base
+
+
+def quantize_rows(
+    rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None = None, *, name: str = "tensor"
+) -> NDArray[np.uint8]:
+    """Pack float32 rows (n, columns) as `type_`: bytes, row after row. `importance` holds one weight per column.
+
+    A row's bytes depend on that row alone, so a tensor may be cut anywhere between rows. Raises ModelFileError, with
+    `name`, for NaN or infinite input and for values beyond F16's range.
+    """
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if not np.isfinite(rows).all():
+        raise ModelFileError(f"{name} holds NaN or infinite weights", "the checkpoint is damaged; fetch it again")
+    if type_ == "F32":
+        return rows.view(np.uint8).reshape(-1)
+    if type_ == "BF16":
+        return _bfloat16(rows, name).view(np.uint8).reshape(-1)
+    if type_ == "F16":
+        return _float16(rows, name).view(np.uint8).reshape(-1)
+    return _packed(rows, type_, importance, name)
+
+
+def _bfloat16(rows: NDArray[np.float32], name: str) -> NDArray[np.uint16]:
+    bits = rows.view(np.uint32)
+    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))  # to nearest, ties to even
+    halves = (rounded >> np.uint32(16)).astype(np.uint16)
+    if ((halves & np.uint16(0x7F80)) == 0x7F80).any():
+        raise ModelFileError(f"{name} holds weights beyond BF16's range", "choose F32")
+    return halves
+
+
+def _float16(rows: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    with np.errstate(over="ignore"):
+        halves = rows.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise ModelFileError(f"{name} holds weights beyond F16's range (65504)", "choose BF16 or F32")
+    return halves
+
+
+def _packed(
+    rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None, name: str
+) -> NDArray[np.uint8]:
+    count, columns = rows.shape
+    if columns % block_size(type_):
+        raise ValueError(f"rows of {columns} weights do not divide into blocks of {type_}")
+    if importance is not None:
+        importance = checked_importance(importance, columns, name)
+    packed = np.empty(count * row_size(type_, columns), dtype=np.uint8)
+    number = int(gguf.GGMLQuantizationType[type_])
+    weights = None if importance is None else importance.ctypes.data
+    library = _ggml()
+    written = library.ggml_quantize_chunk(number, rows.ctypes.data, packed.ctypes.data, 0, count, columns, weights)
+    if written != packed.nbytes or not library.ggml_validate_row_data(number, packed.ctypes.data, packed.nbytes):
+        raise ModelFileError(f"{name} cannot be packed as {type_}: the scales overflow", "choose another type for it")
+    return packed
+
+
+def checked_importance(importance: NDArray[np.float32], columns: int, name: str) -> NDArray[np.float32]:
+    """An importance vector ready for the kernel. Raises ModelFileError where it does not fit the tensor."""
+    vector = np.ascontiguousarray(importance, dtype=np.float32).reshape(-1)
+    if vector.size != columns:
+        raise ModelFileError(
+            f"the importance matrix has {vector.size} columns for {name}, which has {columns}",
+            "it was made for another model",
+        )
+    if not np.isfinite(vector).all():
+        raise ModelFileError(f"the importance matrix for {name} holds NaN or infinite values", "make it again")
+    return vector
+
+
+@cache
+def _ggml() -> ctypes.CDLL:
+    """The libggml-base that llama-cpp-python installed. Raises KoalaError where there is none."""
+    specification = importlib.util.find_spec("llama_cpp")
+    folder = Path(specification.origin).parent / "lib" if specification and specification.origin else None
+    found = (
+        [file for file in sorted(folder.glob("*ggml-base.*")) if file.suffix in (".so", ".dylib", ".dll")]
+        if folder
+        else []
+    )
+    if not found:
+        raise KoalaError("llama-cpp-python's ggml library was not found", "install llama-cpp-python again")
+    library = ctypes.CDLL(str(found[0]))
+    pointer = ctypes.c_void_p
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, pointer, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, pointer,
+    ]  # fmt: skip
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
+    library.ggml_validate_row_data.restype = ctypes.c_bool
+    return library

@@ -1,0 +1,227 @@
+"""transformers' LLaMA with linear layers that stay packed, and a KV cache that can be cropped and copied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.cache_utils import Cache, DynamicLayer
+
+from koala_local.engine.gptq_files import ModelSettings, TensorFiles
+from koala_local.engine.gptq_layout import (
+    Layout,
+    dequantize_groups,
+    dequantize_rows,
+    pack_rows,
+    unpack_rows,
+    unpack_zeros,
+)
+from koala_local.errors import ModelFileError
+
+_FLOATS = ("F16", "BF16", "F32")
+_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of dequantized weights at once; a CPU then reuses the memory
+_KV_STEP = 256  # tokens by which a slot's KV cache grows
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a model computes, and in which type."""
+
+    device: str
+    dtype: torch.dtype
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T with W packed as in `gptq_layout` also in memory: it is dequantized some inputs at a time."""
+
+    qweight: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    groups: torch.Tensor
+    order: torch.Tensor | None
+
+    def __init__(self, layout: Layout, parts: dict[str, torch.Tensor], place: Placement) -> None:
+        super().__init__()
+        self.bits = layout.bits
+        inputs, outputs = len(parts["g_idx"]), parts["scales"].shape[1]
+        words, groups, order = parts["qweight"], parts["g_idx"].long(), torch.arange(inputs)
+        if bool((groups.diff() < 0).any()):  # act-order: bring together what shares a group
+            order = groups.argsort(stable=True)
+            words, groups = pack_rows(unpack_rows(words, self.bits)[order], self.bits), groups[order]
+        size = inputs if layout.group_size == -1 else layout.group_size
+        regular = bool((groups == torch.arange(inputs) // size).all()) and size % 32 == 0 and inputs % size == 0
+        row = outputs * torch.finfo(place.dtype).bits // 8
+        step = size if regular else 32  # a block holds whole groups, or at least whole words
+        self._rows = max(step, _BLOCK_BYTES[place.device] // row // step * step)
+        self._group = size if regular else 0
+        self.register_buffer("qweight", words.to(place.device))
+        self.register_buffer("zeros", unpack_zeros(parts["qzeros"], self.bits).to(place.device, place.dtype))
+        self.register_buffer("scales", parts["scales"].to(place.device, place.dtype))
+        self.register_buffer("groups", groups.to(place.device))
+        self.register_buffer("order", order.to(place.device) if words is not parts["qweight"] else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, -2)  # (tokens, inputs)
+        if self.order is not None:
+            flat = flat[:, self.order]
+        total = flat.new_zeros(len(flat), self.scales.shape[1])
+        for start in range(0, len(self.groups), self._rows):
+            stop = min(start + self._rows, len(self.groups))
+            total.addmm_(flat[:, start:stop], self._weight_rows(start, stop))
+        return total.view(*x.shape[:-1], -1)
+
+    def _weight_rows(self, start: int, stop: int) -> torch.Tensor:
+        """The weights of inputs `start` to `stop`, multiples of 32 and of the group size: (inputs, outputs)."""
+        words = self.qweight[start // 32 * self.bits : stop // 32 * self.bits]
+        if self._group:
+            part = slice(start // self._group, stop // self._group)
+            return dequantize_groups(words, self.zeros[part], self.scales[part], self.bits)
+        return dequantize_rows(words, self.zeros, self.scales, self.groups[start:stop], self.bits)
+
+
+def build_model(settings: ModelSettings, layout: Layout, files: TensorFiles, place: Placement) -> Any:
+    """transformers' model with all weights read from `files`. Raises ModelFileError."""
+    last = f"model.layers.{settings.layers - 1}.self_attn.q_proj"
+    files.shape(f"{last}.qweight")  # before as many layers are made as config.json says
+    with torch.device("meta"):
+        model = _skeleton(settings)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            shape = (module.in_features, module.out_features)
+            model.set_submodule(name, _read_linear(name, *shape, layout, files, place))
+    for name, parameter in list(model.named_parameters()):
+        if name == "lm_head.weight" and settings.tied:
+            continue
+        value = files.read(name, tuple(parameter.shape), _FLOATS).to(place.device, place.dtype)
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+    if settings.tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    rotary = type(model.model.rotary_emb)(config=model.config)  # its table is computed, not read: not on "meta"
+    model.model.rotary_emb = rotary.to(place.device)
+    return model.eval()
+
+
+def _skeleton(settings: ModelSettings) -> Any:
+    common: dict[str, Any] = {
+        "vocab_size": settings.vocabulary,
+        "hidden_size": settings.hidden,
+        "intermediate_size": settings.feed_forward,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.kv_heads,
+        "head_dim": settings.head_size,
+        "max_position_embeddings": settings.context,
+        "rms_norm_eps": settings.norm_epsilon,
+        "rope_parameters": dict(settings.rope),
+        "tie_word_embeddings": settings.tied,
+        "attn_implementation": "sdpa",
+        "pad_token_id": None,
+    }
+    try:
+        if settings.kind == "mistral":
+            return MistralForCausalLM(MistralConfig(**common, sliding_window=settings.window))
+        return LlamaForCausalLM(LlamaConfig(**common))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"transformers refuses config.json: {str(error)[:200]}", "mend the file") from None
+
+
+def _read_linear(
+    name: str, inputs: int, outputs: int, layout: Layout, files: TensorFiles, place: Placement
+) -> QuantizedLinear:
+    if inputs % 32 or outputs % 32:
+        raise ModelFileError(
+            f"{name} is {outputs} x {inputs}; GPTQ needs multiples of 32", "this cannot be a GPTQ model"
+        )
+    shapes = layout.shapes(inputs, outputs)
+    groups = layout.groups(inputs)
+    if f"{name}.bias" in files and bool(files.read(f"{name}.bias", (outputs,), _FLOATS).any()):
+        raise ModelFileError(f"{name} has a bias, which LLaMA has not", "this is another kind of model")
+    types = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "F32"), "g_idx": ("I32",)}
+    if f"{name}.g_idx" not in files:  # the first files of 2023 have none: no order but the natural one
+        index = torch.arange(inputs, dtype=torch.int32) // (inputs if layout.group_size == -1 else layout.group_size)
+        parts = {"g_idx": index}
+    else:
+        parts = {"g_idx": files.read(f"{name}.g_idx", shapes["g_idx"], types["g_idx"])}
+    for part in ("qweight", "qzeros", "scales"):
+        parts[part] = files.read(f"{name}.{part}", shapes[part], types[part])
+    if not 0 <= int(parts["g_idx"].min()) <= int(parts["g_idx"].max()) < groups:
+        raise ModelFileError(f"{name}.g_idx names groups that are not there: there are {groups}", "the file is damaged")
+    return QuantizedLinear(layout, parts, place)
+
+
+class SlotLayer(DynamicLayer):
+    """One layer's keys and values, (1, heads, tokens, head size), in buffers that grow by steps: a token that is added
+    copies nothing. `keys` and `values`, which transformers reads, are views of their used part."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rooms: list[torch.Tensor] = []  # for keys and for values
+        self.length = 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, end = (key_states, value_states), self.length + key_states.shape[2]
+        if not self._rooms or self._rooms[0].shape[2] < end:
+            grown = [self._grown(tensor, end) for tensor in new]
+            for room, old in zip(grown, self._rooms, strict=False):  # none yet: nothing to copy
+                room[:, :, : self.length] = old[:, :, : self.length]
+            self._rooms = grown
+        for room, tensor in zip(self._rooms, new, strict=True):
+            room[:, :, self.length : end] = tensor
+        self.cut(end)
+        return self.held()
+
+    def _grown(self, like: torch.Tensor, tokens: int) -> torch.Tensor:
+        room = max(tokens, self.length + self.length // 2)
+        return like.new_empty(1, like.shape[1], -(-room // _KV_STEP) * _KV_STEP, like.shape[3])
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens; with none, the memory too is given back."""
+        self.length = length
+        if length == 0:
+            self._rooms, self.keys, self.values = [], None, None
+            self.is_initialized = False
+        else:
+            self.keys, self.values = self.held()
+
+    def held(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tokens kept; there must be one."""
+        keys, values = (room[:, :, : self.length] for room in self._rooms)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class SlotCache(Cache):
+    """The KV cache of one slot, as transformers wants it."""
+
+    def __init__(self, layers: int) -> None:
+        self.kept = [SlotLayer() for _ in range(layers)]
+        super().__init__(layers=list(self.kept))
+
+    @property
+    def length(self) -> int:
+        return self.kept[0].length
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens of every layer, also of those that a failed evaluation had not reached."""
+        for layer in self.kept:
+            layer.cut(min(length, layer.length))
+
+    def held(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of each layer, (1, heads, tokens, head size): views. Empty where nothing is held."""
+        return [layer.held() for layer in self.kept if layer.length]
+
+    def put(self, held: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Hold copies of these instead."""
+        self.cut(0)
+        for layer, (keys, values) in zip(self.kept, held, strict=False):
+            layer.update(keys, values)

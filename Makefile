@@ -1,15 +1,19 @@
-# make chat: set up .venv, then talk to the bundled model. make test: set up .venv, then run the tests.
+# make chat: set up .venv, then talk to the bundled model. make convert: add what `koala quantize` needs. make test: set up .venv, then run the tests.
 # Options: PYTHON=python3.12 (which Python makes .venv), BACKEND=cpu|cuda|hip|metal|vulkan|auto (remembered).
 
 PYTHON ?= python3
 BACKEND ?=
 INSTALL = $(PYTHON) -m tools.install --backend "$(BACKEND)"
 
-.PHONY: chat test lint bench clean
+.PHONY: chat convert test lint bench clean
 
 chat:
 	@$(INSTALL)
 	@.venv/bin/koala chat
+
+convert:
+	@$(INSTALL) --extra convert
+	@.venv/bin/koala quantize --help
 
 test:
 	@$(INSTALL) --extra test

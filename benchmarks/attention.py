@@ -1,6 +1,6 @@
 """What flash attention costs and gains on the CPU: reading a message, and decoding, behind a long history.
 
-`llama._flash_attention` is chosen from this table.
+The engine leaves the choice to llama.cpp (`llama._flash_attention`), which takes it where it can.
 """
 
 from __future__ import annotations

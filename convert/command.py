@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,8 @@ import click
 
 from koala_local import console
 from koala_local.errors import KoalaError
+
+from .publish import publish, unverified
 
 if TYPE_CHECKING:
     from .architecture import Checkpoint, ModelConfig
@@ -31,6 +35,10 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.argument("source", type=_EXISTING)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write; default: named after SOURCE.")
 @click.option("--bits", type=click.Choice(_BITS), default="4", help="Bits a weight; picks the recommended type.")
+@click.option("--format", "layout", type=click.Choice(["gguf", "gptq"]), default="gguf", help="GPTQ is a folder.")
+@click.option(
+    "--group-size", type=click.Choice(["32", "64", "128", "-1"]), default="128", help="GPTQ: weights per scale."
+)
 @click.option("--type", "kind", metavar="TYPE", help="The type itself, such as Q4_K_M, Q5_K_S, IQ4_XS, BF16.")
 @click.option("--base", type=_EXISTING, help="SOURCE is a weight difference, such as Koala's: add it to this LLaMA.")
 @click.option("--tokenizer", type=_EXISTING, help="Folder of the tokenizer, where SOURCE has none.")
@@ -42,45 +50,136 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def quantize(source: Path, **options: Any) -> None:
-    """Write SOURCE as a GGUF file that `koala chat` and llama.cpp run.
+    """Write SOURCE as a GGUF file, or a GPTQ folder, that `koala chat` runs.
 
     SOURCE is a Hugging Face folder, Meta's folder, an EasyLM stream or a GGUF of the LLaMA family. It is read tensor by
-    tensor in one pass; the whole model is never in memory.
+    tensor; the whole model is never in memory.
     """
-    from .checkpoint import open_checkpoint
-    from .kquants import kind_for_bits, parse_overrides
-    from .recover import sum_checkpoint
-
+    _need_extra()
     if options["calibration"] and options["imatrix"]:
         raise click.UsageError("--calibration and --imatrix exclude each other")
-    kind = (options["kind"] or kind_for_bits(int(options["bits"]))).upper()
-    overrides = parse_overrides(options["overrides"])
+    if options["layout"] == "gptq":
+        _quantize_to_gptq(source, options)
+    else:
+        _quantize_to_gguf(source, options)
+
+
+def _need_extra() -> None:
+    missing = [name for name in ("torch", "safetensors", "sentencepiece", "gguf") if find_spec(name) is None]
+    if missing:
+        what = f"this command needs {', '.join(missing)}, not installed yet"
+        raise KoalaError(what, "run `make convert`, or install koala-local[convert]")
+
+
+def _open(source: Path, options: dict[str, Any]) -> Checkpoint:
+    from .checkpoint import open_checkpoint
+    from .recover import sum_checkpoint
+
     checkpoint = open_checkpoint(source)
-    if options["base"]:
-        checkpoint = sum_checkpoint(open_checkpoint(options["base"]), checkpoint)
-    out = options["output"] or Path(f"{_stem(source)}-{kind.lower()}.gguf")
+    return sum_checkpoint(open_checkpoint(options["base"]), checkpoint) if options["base"] else checkpoint
+
+
+def _refuse_existing(out: Path, options: dict[str, Any]) -> None:
     if out.exists() and not options["force"]:
         raise KoalaError(f"{out} exists already", "give another name with -o, or --force to replace it")
-    with _unverified(out) as written:
+
+
+def _quantize_to_gguf(source: Path, options: dict[str, Any]) -> None:
+    from .kquants import kind_for_bits, parse_overrides
+
+    kind = (options["kind"] or kind_for_bits(int(options["bits"]))).upper()
+    overrides = parse_overrides(options["overrides"])
+    checkpoint = _open(source, options)
+    out = options["output"] or Path(f"{_stem(source)}-{kind.lower()}.gguf")
+    _refuse_existing(out, options)
+    with unverified(out) as written:
         report = _quantize_gguf(source, checkpoint, written, out.stem, kind, overrides, options)
         os.replace(written, out)
-    _publish(report, out, as_json=options["as_json"])
+    publish(report, out, as_json=options["as_json"])
+
+
+def _quantize_to_gptq(source: Path, options: dict[str, Any]) -> None:
+    from .gptq import GptqSettings
+    from .gptq_checkpoint import quantize_gptq
+
+    useless = [name for name in ("kind", "imatrix", "overrides") if options[name]]
+    if useless or options["bits"] in ("5", "6"):
+        raise click.UsageError("GPTQ has 2, 3, 4 or 8 bits, no --type, --imatrix or --tensor-type")
+    checkpoint = _open(source, options)
+    out = options["output"] or Path(f"{_stem(source)}-gptq-{options['bits']}bit")
+    _refuse_existing(out, options)
+    folder = options["tokenizer"] or checkpoint.tokenizer_folder
+    sample = _gptq_sample(options["calibration"], source, folder, checkpoint.config)
+    settings = GptqSettings(bits=int(options["bits"]), group_size=int(options["group_size"]))
+    with console.progress("quantizing", "matrix") as step:
+
+        def tell(name: str, done: int, total: int) -> None:
+            step(done, total, name)
+
+        made = quantize_gptq(
+            checkpoint,
+            sample.batches(),
+            out,
+            settings,
+            tokenizer_folder=folder,
+            force=options["force"],
+            progress=tell,
+        )
+    report = _gptq_report(source, checkpoint, out, made.size, str(sample), options)
+    publish(report, out, as_json=options["as_json"])
+
+
+def _gptq_sample(path: Path | None, source: Path, folder: Path | None, config: ModelConfig) -> Sample:
+    from .calibration import builtin_calibration, make_sample, read_texts
+    from .estimate import estimate
+
+    texts, longest = (read_texts(path), 2048) if path else (builtin_calibration(), _CALIBRATION_LENGTH)
+    length = min(longest, config.context)
+    with _tokenizer(source, folder, config) as tokenizer:
+        sample = make_sample(texts, tokenizer, length=length)
+    cost = estimate(config, sample.tokens, length, passes=3, head=False)
+    console.note(f"calibration: {sample}; forward passes: {cost}; solving comes on top")
+    if path is None:
+        console.note("the built-in text is small: --calibration FILE with your own texts gives a better model")
+    return sample
+
+
+def _gptq_report(
+    source: Path, checkpoint: Checkpoint, out: Path, size: int, calibrated: str, options: dict[str, Any]
+) -> Report:
+    from math import prod
+
+    from .report import Report, card_fit
+    from .verify import VerificationError
+
+    kind = f"GPTQ-{options['bits']}"
+    parameters = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    comparison, held = None, ""
+    if not options["no_verify"]:
+        folder = options["tokenizer"] or checkpoint.tokenizer_folder
+        try:
+            comparison, held = _verify(checkpoint, source, folder, out, kind)
+        except VerificationError:
+            shutil.rmtree(out)
+            raise
+    return Report(
+        name=checkpoint.config.name or out.name,
+        format="GPTQ",
+        kind=f"{options['bits']} bits, groups of {options['group_size']}",
+        size=size,
+        parameters=parameters,
+        bits_per_weight=8 * size / parameters,
+        source=_stem(source),
+        fits=card_fit(size, checkpoint.config),
+        comparison=comparison,
+        sample=held,
+        calibration=calibrated,
+    )
 
 
 def _stem(source: Path) -> str:
     path = source.resolve()
     return path.name if path.is_dir() else path.stem
-
-
-@contextmanager
-def _unverified(out: Path) -> Iterator[Path]:
-    """A name beside `out` for what is not verified yet; nothing stays there when anything fails."""
-    path = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
-        yield path
-    finally:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _quantize_gguf(
@@ -189,7 +288,7 @@ def _calibration_sample(path: Path, source: Path, folder: Path | None, config: M
 def _verify(
     checkpoint: Checkpoint, source: Path, folder: Path | None, written: Path, kind: str
 ) -> tuple[Comparison, str]:
-    """Reload the output in llama.cpp and compare its predictions on the held text with the source's.
+    """Reload the output in its engine and compare its predictions on the held text with the source's.
     Raises VerificationError."""
     from .verify import check, compare, streamed_logits
 
@@ -220,17 +319,21 @@ def _held_sample(config: ModelConfig, tokenizer: Tokenizer) -> Sample:
 
 @contextmanager
 def _engine(path: Path, context: int) -> Iterator[Any]:
+    """The engine that `koala chat` would run the model with."""
+    if path.is_dir():
+        from koala_local.engine.gptq import load_gptq
+
+        with closing(load_gptq(path, max(context, 256))) as gptq:
+            yield gptq
+        return
     from koala_local.engine.llama import LlamaEngine, Placement
     from koala_local.models.gguf_header import read_header
     from koala_local.models.load_probe import probe
 
     fingerprint = read_header(path).fingerprint
     probe(path)
-    engine = LlamaEngine(path, fingerprint, Placement(context=max(context, 256)))
-    try:
+    with closing(LlamaEngine(path, fingerprint, Placement(context=max(context, 256)))) as engine:
         yield engine
-    finally:
-        engine.close()
 
 
 def _check_round_trip(written: Callable[[str], list[int]], source: Tokenizer) -> None:
@@ -246,30 +349,6 @@ def _check_round_trip(written: Callable[[str], list[int]], source: Tokenizer) ->
             )
 
 
-def _publish(report: Report, out: Path, *, as_json: bool) -> None:
-    """The report beside the output, as JSON and as a model card, and on the screen."""
-    for path, text in ((out.with_suffix(".json"), report.to_json()), (out.with_suffix(".md"), report.model_card())):
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    if as_json:
-        console.out(report.to_json().rstrip("\n"))
-        return
-    console.out(f"{out}  {report.kind}, {report.size / 1e9:.3f} GB, {report.bits_per_weight:.2f} bits a weight")
-    if (c := report.comparison) is not None:
-        console.out(
-            f"perplexity {c.perplexity:.4f}, source {c.source_perplexity:.4f}; KL divergence {c.kl_mean:.5f}; "
-            f"same likeliest token {c.same_top:.1%} ({c.tokens:,} predictions)"
-        )
-    for fit in report.fits:
-        cards = ", ".join(f"{card}" for card in fit.cards)
-        console.out(
-            f"{fit.total:.1f} GiB with {fit.context} tokens of {fit.kv_type} KV cache: "
-            + (f"fits cards of {cards} GB" if cards else "fits no card up to 24 GB")
-        )
-    console.note(f"report: {out.with_suffix('.json').name}, model card: {out.with_suffix('.md').name}")
-
-
 @click.command(short_help="Add Koala's published weight difference to LLaMA.")
 @click.option("--base", required=True, type=_EXISTING, help="LLaMA, in any format that is read.")
 @click.option("--diff", required=True, type=_EXISTING, help="An EasyLM stream or a Hugging Face folder.")
@@ -278,6 +357,7 @@ def _publish(report: Report, out: Path, *, as_json: bool) -> None:
 @click.option("--dtype", type=click.Choice(["F32", "F16", "BF16"]), help="Type of the weights; default: the base's.")
 def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype: Any) -> None:
     """Write base + difference as a Hugging Face checkpoint, streaming."""
+    _need_extra()
     from .checkpoint import open_checkpoint
     from .recover import recover as recover_checkpoint
 

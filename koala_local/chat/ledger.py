@@ -280,7 +280,9 @@ class _Writing:
 
     def _write(self, sample: Callable[[], int], max_tokens: int) -> tuple[Finish, float]:
         """Sample until the reply ends: (why, when the first token was there)."""
-        ends, piece, feed = self._engine.vocabulary.ends, self._engine.piece, self._feed
+        ends, piece = self._engine.vocabulary.ends, self._engine.piece
+        ids, stream, push = self._ids, self._stream, self._cache.push
+        feed = stream.feed
         limit = max_tokens or self._engine.context_size
         first = 0.0
         try:
@@ -289,13 +291,14 @@ class _Writing:
                 first = first or time.perf_counter()
                 if token in ends:
                     return "stop", first
-                self._ids.append(token)
-                feed(piece(token))
-                if self._stream.stopped:
+                ids.append(token)
+                if text := feed(piece(token)):
+                    self._show(text)
+                if stream.stopped:
                     return "stop", first
-                if len(self._ids) >= limit:
+                if len(ids) >= limit:
                     return "length", first
-                self._cache.extend((token,))
+                push(token)
         except Interrupted:
             return "interrupted", first or time.perf_counter()
         except KoalaError:
@@ -317,11 +320,8 @@ class _Writing:
         self._evaluate(ids)
         return True
 
-    def _feed(self, data: bytes) -> None:
-        self._show(self._stream.feed(data))
-
     def _show(self, text: str) -> None:
-        if text and not self._shown:
+        if not self._shown:
             text, self._shown = self._unspaced(text), True
         if text:
             self._on_text(text)
@@ -333,7 +333,8 @@ class _Writing:
     def _close(self, finish: Finish) -> str:
         """End the reply with its end token, evaluated, so that the next turn evaluates only its own text."""
         self._engine.resume()
-        self._show(self._stream.finish())
+        if held := self._stream.finish():
+            self._show(held)
         if self._stream.stopped:
             self._rewind_overshoot()
         text = self._unspaced(self._stream.text)

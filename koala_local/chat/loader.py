@@ -11,12 +11,15 @@ from koala_local.chat.formats import pick_format
 from koala_local.chat.ledger import Ledger, Overflow
 from koala_local.dialogue import PromptFormat
 from koala_local.engine.llama import LlamaEngine, Placement
+from koala_local.errors import ModelFileError
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probe
 from koala_local.models.resolve import resolve
 
 if TYPE_CHECKING:
     from koala_local.chat.front import Front
+    from koala_local.engine.base import Vocabulary
+    from koala_local.engine.gptq import GptqEngine
 
 _DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
 _RESEARCH_ONLY = "research only: Koala's weights follow LLaMA's non-commercial licence and its data's terms of use"
@@ -38,25 +41,26 @@ class LoadedModel:
     """A model, what its header says, and the prompt format chosen for it, with the reason."""
 
     path: Path
-    header: GgufHeader
-    engine: LlamaEngine
+    header: GgufHeader | None  # None: a GPTQ folder
+    engine: LlamaEngine | GptqEngine
     format: PromptFormat
     format_reason: str
 
     @property
     def name(self) -> str:
-        return self.header.name or self.path.stem
+        return self.header.name if self.header else self.path.name
 
     def ledger(self, overflow: Overflow) -> Ledger:
         return Ledger(self.engine, self.format, overflow)
 
     def choose_format(self, template: str) -> tuple[PromptFormat, str]:
         """The format named `template` (`auto`, `embedded`, a built-in's name or a file). Raises TemplateError."""
-        return _choose_format(template, self.path, self.header, self.engine)
+        return _choose_format(template, self.path, self.header, self.engine.vocabulary)
 
     def licence_notice(self) -> str:
         """What the banner must say about the licence, or nothing."""
-        if "koala" in f"{self.name} {self.path.name}".lower() and (self.header.licence or "").lower() != "apache-2.0":
+        licence = self.header.licence if self.header else None
+        if "koala" in f"{self.name} {self.path.name}".lower() and (licence or "").lower() != "apache-2.0":
             return _RESEARCH_ONLY
         return ""
 
@@ -66,33 +70,49 @@ def open_model(
 ) -> LoadedModel:
     """Load the model. Raises ModelFileError, TemplateError or OutOfMemoryError."""
     path = resolve(reference, last_used)
-    header = read_header(path)
-    probe(path)
-    context = options.context or min(header.context_length or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    engine = LlamaEngine(path, header.fingerprint, Placement(context, options.gpu_layers, options.kv_type))
-    if engine.context_size > engine.trained_context and not header.metadata.get(
-        f"{header.architecture}.rope.scaling.type"
+    header, engine = _open_gptq(path, options) if path.is_dir() else _open_gguf(path, options)
+    if engine.context_size > engine.trained_context and not (
+        header and header.metadata.get(f"{header.architecture}.rope.scaling.type")
     ):
         note(
             f"the model was trained on {engine.trained_context} tokens of context, not {engine.context_size}: "
             "replies get worse beyond that"
         )
-    if options.gpu_layers and not engine.gpu_layers:
-        note("this build of llama.cpp has no GPU backend: all layers stay on the CPU")
+    if options.gpu_layers and engine.placed.endswith("CPU"):
+        note("this build has no GPU backend, or finds no GPU: all layers stay on the CPU")
     try:
-        format, reason = _choose_format(options.template, path, header, engine)
+        format, reason = _choose_format(options.template, path, header, engine.vocabulary)
     except BaseException:
         engine.close()
         raise
     return LoadedModel(path, header, engine, format, reason)
 
 
+def _open_gguf(path: Path, options: LoadOptions) -> tuple[GgufHeader, LlamaEngine]:
+    header = read_header(path)
+    probe(path)
+    context = options.context or min(header.context_length or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+    return header, LlamaEngine(path, header.fingerprint, Placement(context, options.gpu_layers, options.kv_type))
+
+
+def _open_gptq(folder: Path, options: LoadOptions) -> tuple[None, GptqEngine]:
+    try:
+        from koala_local.engine.gptq import load_gptq
+        from koala_local.engine.gptq_files import read_model_settings
+    except ImportError as error:
+        what = f"a GPTQ model needs {error.name}, which is not installed"
+        raise ModelFileError(what, "run `make convert`, or install koala-local[convert]") from None
+    context = options.context or min(read_model_settings(folder).context, _DEFAULT_CONTEXT)
+    return None, load_gptq(folder, context)
+
+
 def change_model(front: Front, reference: str, note: Callable[[str], None]) -> None:
     """Go on with another model in the same conversation. When it cannot be loaded the current one is loaded again, and
     the error is raised. The file is checked before the current model makes room for it."""
     path, current, conversation = resolve(reference, None), front.model, front.conversation
-    read_header(path)
-    probe(path)
+    if not path.is_dir():
+        read_header(path)
+        probe(path)
 
     def load(path: Path) -> Ledger:
         front.model = open_model(str(path), None, front.options, note)
@@ -101,15 +121,24 @@ def change_model(front: Front, reference: str, note: Callable[[str], None]) -> N
     conversation.use_model(lambda: load(path), str(path), lambda: load(current.path))
 
 
-def _choose_format(template: str, path: Path, header: GgufHeader, engine: LlamaEngine) -> tuple[PromptFormat, str]:
-    vocabulary = engine.vocabulary
+def _choose_format(
+    template: str, path: Path, header: GgufHeader | None, vocabulary: Vocabulary
+) -> tuple[PromptFormat, str]:
     texts = {token: text for text, token in vocabulary.control.items()}
     return pick_format(
         template,
-        model_name=header.name or "",
+        model_name=header.name if header else "",
         file_name=path.name,
-        template=header.chat_template,
+        template=header.chat_template if header else _folder_template(path),
         vocabulary=vocabulary,
         bos_text=texts.get(vocabulary.bos, "") if vocabulary.bos is not None else "",
         eos_text=texts.get(vocabulary.eos, "") if vocabulary.eos is not None else "",
     )
+
+
+def _folder_template(folder: Path) -> str | None:
+    """The chat template of a Hugging Face folder."""
+    from koala_local.engine.gptq_files import read_json
+
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None

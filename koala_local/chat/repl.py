@@ -7,6 +7,7 @@ import threading
 import time
 from contextlib import nullcontext
 from functools import cached_property
+from importlib import import_module
 from queue import SimpleQueue
 
 from prompt_toolkit import PromptSession
@@ -27,7 +28,6 @@ from koala_local.chat.conversation import Conversation
 from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel, LoadOptions, change_model
 from koala_local.chat.prefill_views import PrefillLine
-from koala_local.chat.render import ReplyView
 from koala_local.chat.status_bar import bar, bar_fields
 from koala_local.chat.streaming import Act, ReplyStream
 from koala_local.chat.terminal import on_ctrl_c, raise_interrupt, silent_keys
@@ -69,6 +69,8 @@ class Repl:
     # -- as the commands see it
 
     def answer(self, act: Act) -> None:
+        from koala_local.chat.render import ReplyView  # see _begin_idle
+
         engine = self.conversation.ledger.engine
         progress = PrefillLine(self._console)
         stream = ReplyStream(engine, act, progress.update)
@@ -173,6 +175,8 @@ class Repl:
                 raise
 
     def _begin_idle(self) -> None:
+        """What is left to do behind the prompt: code that only a reply needs is imported while the user types."""
+        asyncio.get_running_loop().run_in_executor(None, import_module, "koala_local.chat.render")
         get_app().create_background_task(self._save_when_idle())
 
     async def _save_when_idle(self) -> None:

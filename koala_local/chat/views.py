@@ -48,6 +48,9 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Table:
 
 def describe(model: LoadedModel) -> str:
     """Size and type of a model in a few words, from its header."""
+    if model.header is None:
+        size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+        return f"GPTQ, {_short_number(size)}B"
     parameters = sum(math.prod(tensor.shape) for tensor in model.header.tensors)
     types: Counter[str] = Counter()
     for tensor in model.header.tensors:
@@ -65,14 +68,13 @@ def _short_number(number: int) -> str:
 
 def model_table(model: LoadedModel) -> RenderableType:
     engine = model.engine
-    layers = f"{engine.gpu_layers} layers on the GPU" if engine.gpu_layers else "all layers on the CPU"
     return pairs(
         [
             ("model", model.name),
             ("file", str(model.path)),
             ("size", describe(model)),
             ("context", f"{engine.context_size} tokens (trained on {engine.trained_context})"),
-            ("placed", layers),
+            ("placed", engine.placed),
             ("format", f"{model.format.name}: {model.format_reason}"),
             *([("licence", model.licence_notice())] if model.licence_notice() else []),
         ]

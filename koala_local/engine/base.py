@@ -45,6 +45,8 @@ class Engine(Protocol):
     name: str
     vocabulary: Vocabulary
     context_size: int  # tokens, over all slots
+    trained_context: int
+    placed: str  # in words, where the weights lie
     slots: int
     can_shift: bool
     shares_cells: bool

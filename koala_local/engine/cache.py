@@ -95,6 +95,17 @@ class PrefixCache:
             done = self.engine.evaluated_tokens - before
             self._append(slot, ids if done == len(ids) else ids[:done])
 
+    def push(self, token: int) -> None:
+        """`extend` by one token, as decoding does thousands of times: every line here costs decoding speed."""
+        engine, slot = self.engine, self._slots[self._active]
+        if len(self._references) >= engine.context_size:
+            self._make_way(1)
+        engine.evaluate((token,), slot=self._active, position=len(slot.ids))
+        cell = next(self._new_cell)
+        slot.ids.append(token)
+        slot.cells.append(cell)
+        self._references[cell] = 1
+
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens of the active slot."""
         slot = self._slots[self._active]

@@ -60,6 +60,7 @@ class GptqEngine:
         self.name = folder.resolve().name
         self.context_size = context
         self.trained_context = settings.context
+        self.placed = "all layers on the GPU" if cuda else "all layers on the CPU"
         self.vocabulary = tokenizer.vocabulary
         self.tokenize = tokenizer.tokenize
         self.evaluated_tokens = 0

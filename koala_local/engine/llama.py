@@ -83,6 +83,7 @@ class LlamaEngine:
         ll.llama_backend_init()
         self.name = path.stem
         self.gpu_layers, self.kv_type, self._model, self._context = _load(path, placement)
+        self.placed = f"{self.gpu_layers} layers on the GPU" if self.gpu_layers else "all layers on the CPU"
         self._handles = [lambda: ll.llama_free(self._context), lambda: ll.llama_model_free(self._model)]
         self._vocab = ll.llama_model_get_vocab(self._model)
         self._memory = ll.llama_get_memory(self._context)
@@ -161,17 +162,20 @@ class LlamaEngine:
             room = -length
 
     def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
+        if len(ids) == 1:  # decoding
+            self._evaluate_part(ids, slot, position)
+            return
         for start in range(0, len(ids), self._batch.room):
-            part = ids[start : start + self._batch.room] if len(ids) > 1 else ids
-            if self._stop.raw[0]:
-                raise Interrupted
-            status = ll.llama_decode(self._context, self._batch.fill(part, slot, position + start))
-            if status != 0:
-                ll.llama_memory_seq_rm(self._memory, slot, position + start, -1)
-                if status == 2:
-                    raise Interrupted
-                raise _decode_error(status)
-            self.evaluated_tokens += len(part)
+            self._evaluate_part(ids[start : start + self._batch.room], slot, position + start)
+
+    def _evaluate_part(self, ids: Sequence[int], slot: int, position: int) -> None:
+        if self._stop.value:
+            raise Interrupted
+        status = ll.llama_decode(self._context, self._batch.fill(ids, slot, position))
+        if status:
+            ll.llama_memory_seq_rm(self._memory, slot, position, -1)
+            raise Interrupted if status == 2 else _decode_error(status)
+        self.evaluated_tokens += len(ids)
 
     def sampler(self, sampling: Sampling, seed: int, before: Sequence[int]) -> LlamaSampler:
         return LlamaSampler(self._context, self.vocabulary.size, sampling, seed, before)
@@ -292,7 +296,7 @@ class _Batch:
 
     def fill(self, ids: Sequence[int], slot: int, position: int, *, every: bool = False) -> Any:
         """All of `ids` in one slot; logits for the last one, or for `every` one."""
-        count = len(ids)
+        batch, count = self._batch, len(ids)
         if count > 1:
             ctypes.memset(self._wanted, int(every), count)
             self._tokens[:count] = list(ids)
@@ -301,8 +305,8 @@ class _Batch:
             self._tokens[0], self._positions[0] = ids[0], position
         self._wanted[count - 1] = 1
         self._slot.value = slot
-        self._batch.n_tokens = count
-        return self._batch
+        batch.n_tokens = count
+        return batch
 
 
 def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
@@ -351,11 +355,9 @@ def _context_params(placement: Placement, kv_type: str) -> Any:
 
 
 def _flash_attention(kv_type: str) -> int:
-    """Quantized V needs flash attention. On a CPU it takes twice as long to read a message behind a long history (see
-    benchmarks/attention.py); on a GPU llama.cpp decides by the device."""
-    if kv_type != "f16":
-        return int(ll.LLAMA_FLASH_ATTN_TYPE_ENABLED)
-    return int(ll.LLAMA_FLASH_ATTN_TYPE_AUTO if can_offload() else ll.LLAMA_FLASH_ATTN_TYPE_DISABLED)
+    """Quantized V needs flash attention. Otherwise llama.cpp decides by the device. On a CPU it takes it: behind a long
+    history that makes decoding faster, reading a message slower (benchmarks/attention.py); replies are longer."""
+    return int(ll.LLAMA_FLASH_ATTN_TYPE_AUTO if kv_type == "f16" else ll.LLAMA_FLASH_ATTN_TYPE_ENABLED)
 
 
 def _decode_error(status: int) -> KoalaError:

@@ -33,6 +33,8 @@ class TextStream:
 
     def feed(self, piece: bytes) -> str:
         """The text that became certain with `piece`; "" once stopped."""
+        if not self._stops:
+            return self._release(piece)
         if self.stopped:
             return ""
         data = self._held + piece

@@ -1,4 +1,4 @@
-"""Which file a user means by a model: a path, a folder with one .gguf in it, "nano", or nothing at all."""
+"""What a user means by a model: a path, a folder with one .gguf or a GPTQ model in it, "nano", or nothing at all."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ def resolve(reference: str | None, last_used: str | None) -> Path:
     there, else of the bundled one. Raises ModelFileError. Whether the file is a GGUF is for `read_header` to say."""
     if reference is None:
         last = Path(last_used) if last_used else None
-        return last if last is not None and _is_file(last) else _bundled()
+        return last if last is not None and (_is_file(last) or is_checkpoint(last)) else _bundled()
     if reference == BUNDLED:
         return _bundled()
     path = _expanded(reference)
     if _is_file(path):
         return path
+    if is_checkpoint(path):
+        return path
     return _only_model(path) if _is_folder(path) else _refuse(reference, path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a folder in Hugging Face's layout, such as a GPTQ model."""
+    return _is_folder(path) and not _models_in(path) and (path / "config.json").is_file()
 
 
 def _bundled() -> Path:

@@ -109,3 +109,28 @@ def test_recover_adds_the_difference(tmp_path: Path) -> None:
     assert b"exists" in again.stderr
     pair = quantize(tmp_path / "home", diff, "--base", base, "-o", tmp_path / "pair.gguf", "--no-verify")
     assert pair.returncode == 0, pair.stderr.decode()
+
+
+def test_gptq_from_a_checkpoint_to_a_conversation_that_is_resumed(tmp_path: Path, checkpoint: Path) -> None:
+    out, home = tmp_path / "tiny-gptq", tmp_path / "home"
+    result = quantize(home, checkpoint, "-o", out, "--format", "gptq", "--bits", "4", "--group-size", "64")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"perplexity" in result.stdout
+    assert json.loads((out / "quantization.json").read_text())["format"] == "GPTQ"
+    stdin = b'{"user": "hello"}\n{"user": "more"}\n{"command": "/regen"}\n'
+    options = ("--json", "--max-tokens", "6", "--seed", "1")
+    lines = koala(home, "chat", out, *options, stdin=stdin).stdout.splitlines()
+    first, second, again = (json.loads(line)["stats"] for line in lines)
+    assert second["reused_tokens"] == first["prompt_tokens"] + first["generated_tokens"] + 1
+    assert again["evaluated_tokens"] == 1
+    resumed = json.loads(koala(home, "chat", *options, "--resume", stdin=b'{"user": "on"}\n').stdout)["stats"]
+    assert resumed["reused_tokens"] == again["prompt_tokens"] + again["generated_tokens"] + 1
+    refused = quantize(home, checkpoint, "-o", out, "--format", "gptq")
+    assert refused.returncode == 1 and b"exists already" in refused.stderr
+    assert quantize(home, checkpoint, "--format", "gptq", "--type", "Q4_K_M").returncode == 2
+
+
+def test_a_folder_that_is_not_quantized_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    result = koala(tmp_path / "home", "chat", checkpoint, "-p", "hi")
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"koala: error: ")

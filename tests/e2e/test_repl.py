@@ -73,7 +73,7 @@ def test_a_conversation_with_its_commands(koala: Open, home: Path) -> None:
     terminal.keys(" changed\r")
     terminal.wait(lambda: bool(terminal.bar) and terminal.typed == ">", "the prompt after the edit")
     assert saved(home)[-1].user == "first message changed"
-    assert "branch" in terminal.send("/branch 1 here")
+    assert "/switch here" in terminal.send("/branch 1 here")
     terminal.send("another line")
     assert "first message changed" in terminal.send("/switch here")
     tree = terminal.send("/tree")

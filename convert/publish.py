@@ -1,0 +1,55 @@
+"""How a finished output gets its name, its report and its card."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from koala_local import console
+
+if TYPE_CHECKING:
+    from .report import Report
+
+
+@contextmanager
+def unverified(out: Path) -> Iterator[Path]:
+    """A name beside `out` for what is not verified yet; nothing stays there when anything fails."""
+    path = out.with_name(f".{os.getpid()}-{out.name}")
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            path.unlink()
+
+
+def publish(report: Report, out: Path, *, as_json: bool) -> None:
+    """The report beside a file, or inside a folder, as JSON and as a model card; and on the screen."""
+    stem = out / "quantization" if out.is_dir() else out.with_suffix("")
+    card = out / "README" if out.is_dir() else stem
+    texts = {
+        stem.with_name(f"{stem.name}.json"): report.to_json(),
+        card.with_name(f"{card.name}.md"): report.model_card(),
+    }
+    for path, text in texts.items():
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    if as_json:
+        console.out(report.to_json().rstrip("\n"))
+        return
+    console.out(f"{out}  {report.kind}, {report.size / 1e9:.3f} GB, {report.bits_per_weight:.2f} bits a weight")
+    if (c := report.comparison) is not None:
+        console.out(
+            f"perplexity {c.perplexity:.4f}, source {c.source_perplexity:.4f}; KL divergence {c.kl_mean:.5f}; "
+            f"same likeliest token {c.same_top:.1%} ({c.tokens:,} predictions)"
+        )
+    for fit in report.fits:
+        cards = ", ".join(f"{card}" for card in fit.cards)
+        console.out(
+            f"{fit.total:.1f} GiB with {fit.context} tokens of {fit.kv_type} KV cache: "
+            + (f"fits cards of {cards} GB" if cards else "fits no card up to 24 GB")
+        )
+    console.note(f"report and model card: {', '.join(str(path) for path in texts)}")

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import attention, decode, overflow, resume, startup, turns
+from benchmarks import attention, decode, overflow, quantize, resume, startup, turns
 from benchmarks.models import LLAMA_160M, RUNS, Model, random_model, silence
 from benchmarks.table import Row, markdown, write
 from koala_local.nano import MODEL_PATH
 
-_NAMES = ("attention", "decode", "turns", "resume", "overflow", "startup")
+_NAMES = ("attention", "decode", "turns", "resume", "overflow", "startup", "quantize")
 _Job = tuple[str, str, Callable[[], list[Row]]]  # name, what of it, the measurement
 
 
@@ -56,7 +56,8 @@ def _jobs(models: list[Model], quick: bool) -> list[_Job]:
     ]
     jobs.append(("overflow", "bundled", partial(overflow.run, models[-1], quick)))
     jobs.append(("startup", "koala --help", partial(startup.run_help, quick)))
-    return jobs + [("startup", model.name, partial(startup.run, model, quick)) for model in models]
+    jobs += [("startup", model.name, partial(startup.run, model, quick)) for model in models]
+    return jobs + [("quantize", shape, partial(quantize.run, shape, quick)) for shape in ("160M", "1.1B")]
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from koala_local.chat.history import History, Node, Session
 from koala_local.chat.kv_files import CacheMiss, KvFiles
 from koala_local.chat.ledger import Answer, Exchange, Ledger
 from koala_local.chat.locks import SessionLock
+from koala_local.chat.tree import Branch, lines, path_to
 from koala_local.dialogue import FORMATS, PromptFormat, Turn
 from koala_local.engine.cache import common_prefix
 from koala_local.engine.sampling import Sampling
@@ -25,16 +26,6 @@ LAST_MODEL = "last-model"  # the setting that keeps which model was used last
 
 OnText = Callable[[str], None]
 OnPrefill = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """A line of the conversation: its last turn, the number and name to switch to it by."""
-
-    number: int
-    last: Node
-    turns: int
-    current: bool
 
 
 class Conversation:
@@ -86,12 +77,7 @@ class Conversation:
 
     def path(self, head: int | None = None) -> list[Node]:
         """The turns from the first one to `head` (default: the current one)."""
-        path: list[Node] = []
-        at = self.head if head is None else head
-        while at is not None:
-            path.append(self.nodes[at])
-            at = path[-1].parent
-        return path[::-1]
+        return path_to(self.nodes, self.head if head is None else head)
 
     def exchanges(self, path: Sequence[Node]) -> list[Exchange]:
         """The path as the ledger wants it: ids only where they were sampled under this vocabulary and format."""
@@ -107,24 +93,8 @@ class Conversation:
         return node.reply_ids if sound and (node.reply_ids or not node.reply) else None
 
     def branches(self) -> list[Branch]:
-        """Every line of the tree. A turn goes on with its parent's line where it is the first to do so and no name ends
-        that line; else it begins a line. So a line keeps its number whatever comes later."""
-        line_of: dict[int | None, int] = {}
-        ends: list[int] = []
-        ended: set[int | None] = {None}
-        for node in sorted(self.nodes.values(), key=lambda node: (node.id < 0, abs(node.id))):
-            if node.parent in ended or self.nodes[node.parent or 0].name:
-                line_of[node.id] = len(ends)
-                ends.append(node.id)
-            else:
-                line_of[node.id] = line_of[node.parent]
-                ends[line_of[node.id]] = node.id
-            ended.add(node.parent)
-        current = line_of.get(self.head)
-        return [
-            Branch(line + 1, self.nodes[end], len(self.path(end)), current=line == current)
-            for line, end in enumerate(ends)
-        ]
+        """Every line of the tree; their numbers stay."""
+        return lines(self.nodes, self.head)
 
     def turn(self, number: int) -> Node:
         """Turn `number` (from 1) of the current path. Raises KoalaError."""

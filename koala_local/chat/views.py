@@ -13,10 +13,11 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from koala_local.chat.conversation import Branch, Conversation
+from koala_local.chat.conversation import Conversation
 from koala_local.chat.history import Node, SessionSummary
 from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel
+from koala_local.chat.tree import Branch
 from koala_local.engine.sampling import Sampling
 from koala_local.engine.text_stream import plain
 

@@ -243,7 +243,10 @@ def test_a_damaged_kv_file_only_costs_time(home: Path, model: Path) -> None:
     assert json.loads(result.stdout)["stats"]["reused_tokens"] == 0
 
 
-def test_ctrl_c_keeps_the_partial_reply(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_program_and_keeps_the_partial_reply(
+    home: Path, tmp_path: Path, number: int, status: int
+) -> None:
     slow = make_model(tmp_path / "slow.gguf", context=4096, embedding=512, layers=8, heads=8, feed_forward=2048)
     program = subprocess.Popen(
         [KOALA, "chat", slow, "-p", "go on", "--temperature", "3", "--min-p", "0", "--top-p", "1", "--top-k", "0"],
@@ -252,21 +255,6 @@ def test_ctrl_c_keeps_the_partial_reply(home: Path, tmp_path: Path) -> None:
     )
     assert program.stdout is not None
     assert program.stdout.read(20)
-    program.send_signal(signal.SIGINT)
-    assert program.wait(20) == 130
-    turns = json.loads(koala(home, "sessions", "list", "--json").stdout)["turns"]
-    assert turns == 1
-
-
-def test_sigterm_ends_with_143_and_saves(home: Path, tmp_path: Path) -> None:
-    slow = make_model(tmp_path / "slow.gguf", context=4096, embedding=512, layers=8, heads=8, feed_forward=2048)
-    program = subprocess.Popen(
-        [KOALA, "chat", slow, "-p", "go on", "--temperature", "3", "--min-p", "0", "--top-p", "1", "--top-k", "0"],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"KOALA_HOME": str(home)},
-    )
-    assert program.stdout is not None
-    assert program.stdout.read(20)
-    program.terminate()
-    assert program.wait(20) == 143
+    program.send_signal(number)
+    assert program.wait(20) == status
     assert json.loads(koala(home, "sessions", "list", "--json").stdout)["turns"] == 1

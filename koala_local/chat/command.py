@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,9 +141,9 @@ def _open(
     loaded = open_model(model, last, load, console.note)
     try:
         sampling = Sampling()
-        for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "max_tokens"):
-            if options[name] is not None:
-                sampling = with_setting(sampling, name, options[name])
+        for setting in fields(Sampling):
+            if options.get(setting.name) is not None:
+                sampling = with_setting(sampling, setting.name, options[setting.name])
         conversation = Conversation(
             loaded.ledger(load.overflow),
             history,

@@ -86,14 +86,13 @@ class PrefixCache:
     def extend(self, ids: Sequence[int]) -> None:
         """Evaluate `ids` behind the active slot's tokens; held branches make way, least recently used first.
         Raises ContextError when even the active one alone does not fit, Interrupted with what was done kept."""
-        if len(self._references) + len(ids) > self.engine.context_size:
-            self._make_way(len(ids))
+        self._make_way(len(ids))
         slot, before = self._slots[self._active], self.engine.evaluated_tokens
         try:
             self.engine.evaluate(ids, slot=self._active, position=len(slot.ids))
         finally:
             done = self.engine.evaluated_tokens - before
-            self._append(slot, ids if done == len(ids) else ids[:done])
+            self._append(slot, ids[:done])
 
     def push(self, token: int) -> None:
         """`extend` by one token, as decoding does thousands of times: every line here costs decoding speed."""

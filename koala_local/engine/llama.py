@@ -27,7 +27,7 @@ from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMem
 
 SLOTS = 16  # one for the active branch, the rest to hold others; a slot without tokens costs nothing
 KV_TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
-_BATCH = 512  # tokens between two looks at `interrupt` where the abort callback does not reach
+_BATCH = 512  # tokens that llama.cpp takes at once; on a GPU, where the abort callback does not reach, fewer
 _BATCH_GPU = 128
 _LOGIT_ROWS = 64
 _HANDLES = ("_context", "_model", "_vocab", "_memory")  # of llama.cpp, until the engine is closed

@@ -7,35 +7,14 @@ nothing behind this line knows where weights came from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from koala_local.models.configuration import ModelConfig
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """The numbers of a LLaMA-family model, as config.json, params.json or a GGUF header give them."""
-
-    architecture: str  # "LlamaForCausalLM" or "MistralForCausalLM"
-    vocabulary_size: int  # rows of the embedding
-    hidden_size: int
-    feed_forward_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    norm_epsilon: float
-    rope_base: float
-    context: int
-    tied_embeddings: bool
-    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # transformers' words; empty: none
-    sliding_window: int | None = None
-    bos: int | None = None  # as the configuration says; the tokenizer is trusted over it
-    eos: tuple[int, ...] = ()
-    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

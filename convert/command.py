@@ -18,7 +18,9 @@ from koala_local.errors import KoalaError
 from .publish import publish, unverified
 
 if TYPE_CHECKING:
-    from .architecture import Checkpoint, ModelConfig
+    from koala_local.models.configuration import ModelConfig
+
+    from .architecture import Checkpoint
     from .calibration import Sample, Tokenizer
     from .report import Report
     from .verify import Comparison

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig
 
-from .architecture import ModelConfig
 from .layout import FileCheckpoint, assembled
 from .msgpack_index import Array, arrays
 from .stored import ITEM_BYTES, MappedFile, Stored, from_raw, raw_type, rotary_halves

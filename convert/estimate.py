@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional
 
-from .architecture import ModelConfig
+from koala_local.models.configuration import ModelConfig
+
 from .forward import LOGITS_BYTES, STATES_BYTES, Compute
 
 

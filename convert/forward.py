@@ -21,8 +21,9 @@ import torch
 from torch.nn import functional
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig
 
-from .architecture import Checkpoint, ModelConfig
+from .architecture import Checkpoint
 from .rotary import Rope, rotary_table
 
 # Which linear layers share an input: the first word names the input to `Observe`.

@@ -29,8 +29,9 @@ import torch
 from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError, ModelFileError
+from koala_local.models.configuration import ModelConfig
 
-from .architecture import Checkpoint, ModelConfig
+from .architecture import Checkpoint
 from .gguf_layout import PlannedTensor, plan_tensors, rope_notes, write_metadata
 from .kquants import BASE_TYPES, block_size, checked_importance, quantize_rows, row_size
 from .vocabulary import Vocabulary

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig
 
-from .architecture import Checkpoint, ModelConfig
+from .architecture import Checkpoint
 from .kquants import tensor_types
 from .vocabulary import Vocabulary
 

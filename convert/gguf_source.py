@@ -14,10 +14,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig, Settings
 from koala_local.models.gguf_header import GgufHeader, Tensor, read_header
 
-from .architecture import ModelConfig
-from .configuration import Settings
 from .layout import FileCheckpoint, assembled
 from .stored import BLOCK_BYTES, ITEM_BYTES, MappedFile, Stored, in_file, rotary_halves, row_blocks
 

@@ -8,9 +8,9 @@ from typing import Any
 import gguf
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig
 from koala_local.models.gguf_header import read_header
 
-from .architecture import ModelConfig
 from .vocabulary import Vocabulary
 
 _PREFIX = "tokenizer.ggml."

@@ -11,10 +11,10 @@ from typing import Any
 
 import koala_local
 from koala_local.errors import KoalaError
+from koala_local.models.configuration import ModelConfig
+from koala_local.models.json_file import member
 
-from .architecture import ModelConfig
 from .gptq import GptqSettings
-from .json_file import member
 from .recover import configuration
 from .safetensors_writer import copy_file, sync_folder, write_json
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import read_configuration
+from koala_local.models.json_file import member, read_object
 
-from .configuration import read_configuration
-from .json_file import member, read_object
 from .layout import FileCheckpoint, assembled
 from .pickled import open_pickled
 from .safetensors_file import open_safetensors

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError, ModelFileError
-
-from .architecture import ModelConfig
+from koala_local.models.configuration import ModelConfig
 
 BASE_TYPES = {
     "F32": "F32",

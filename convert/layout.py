@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig
 
-from .architecture import ModelConfig, TensorInfo
+from .architecture import TensorInfo
 from .stored import ITEM_BYTES, Stored
 
 _SHOWN = 100  # characters of a tensor's name in an error

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig, Settings
+from koala_local.models.json_file import read_object
 
-from .architecture import ModelConfig
-from .configuration import Settings
-from .json_file import read_object
 from .layout import FileCheckpoint, assembled
 from .pickled import open_pickled
 from .stored import Stored, rotary_halves, stacked_columns, stacked_rows

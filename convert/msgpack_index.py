@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
-from koala_local.errors import ModelFileError
+from koala_local.errors import DAMAGED, ModelFileError
 
-from .stored import DAMAGED, MappedFile
+from .stored import MappedFile
 
 _DEPTH = 8
 _SMALL = 64  # entries of an array or a map; a key has up to 7 parts, a chunked array a few chunks

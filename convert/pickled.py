@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from koala_local.errors import ModelFileError
+from koala_local.errors import DAMAGED, ModelFileError
 
-from .stored import DAMAGED, TYPE_NAMES, Stored
+from .stored import TYPE_NAMES, Stored
 
 _PICKLE_LIMIT = 64 << 20  # bytes of the description of the tensors; a real one has some 100 KB
 _SHOWN = 200

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 
 from koala_local.errors import KoalaError, ModelFileError
+from koala_local.models.configuration import ModelConfig
+from koala_local.models.json_file import member
 
-from .architecture import Checkpoint, ModelConfig, TensorInfo
-from .json_file import member
+from .architecture import Checkpoint, TensorInfo
 from .safetensors_writer import (
     SHARD_BYTES,
     Progress,

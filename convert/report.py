@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
-from .architecture import ModelConfig
+from koala_local.models.configuration import ModelConfig
+
 from .verify import Comparison
 
 CARDS = (8, 10, 12, 16, 24)  # GiB

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from koala_local.errors import ModelFileError
-
-from .architecture import ModelConfig
+from koala_local.models.configuration import ModelConfig
 
 
 class Rope(NamedTuple):

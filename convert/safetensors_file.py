@@ -6,10 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from koala_local.errors import ModelFileError
+from koala_local.errors import DAMAGED, ModelFileError
+from koala_local.models.json_file import parse_object
 
-from .json_file import parse_object
-from .stored import DAMAGED, MappedFile, Stored, in_file
+from .stored import MappedFile, Stored, in_file
 
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own
 _ITEM_BYTES = {

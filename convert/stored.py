@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from koala_local.errors import ModelFileError
+from koala_local.errors import DAMAGED, ModelFileError
 
-DAMAGED = "the file is damaged or was not downloaded completely: download it again"
 BLOCK_BYTES = 16 << 20  # what is read of a large tensor at a time
 
 TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from koala_local.errors import ModelFileError
-
-from .json_file import parse_object
+from koala_local.models.json_file import parse_object
 
 _MIB = 2**20
 LIMITS = {"tokenizer.json": 128 * _MIB, "tokenizer.model": 64 * _MIB}

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig
 
-from .architecture import ModelConfig
 from .pretokenizers import byte_level_pre, is_byte_level, space_prefix
 from .sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, parse_sentencepiece
 from .tokenizer_files import AddedToken, added_tokens, chat_template, read_bytes, read_json, special_text

@@ -43,3 +43,6 @@ class OutOfMemoryError(KoalaError):
 
 class Interrupted(Exception):
     """The user asked to stop. What was evaluated before stays valid."""
+
+
+DAMAGED = "the file is damaged or was not downloaded completely: download it again"  # a hint

@@ -138,7 +138,7 @@ def _choose_format(
 
 def _folder_template(folder: Path) -> str | None:
     """The chat template of a Hugging Face folder."""
-    from koala_local.engine.gptq_files import read_json
+    from koala_local.models.json_file import read_optional
 
-    template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    template = read_optional(folder / "tokenizer_config.json").get("chat_template")
     return template if isinstance(template, str) else None

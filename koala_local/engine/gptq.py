@@ -54,7 +54,7 @@ class GptqEngine:
 
     def __init__(self, folder: Path, context: int) -> None:
         settings, layout, files = read_model_settings(folder), read_layout(folder), TensorFiles(folder)
-        tokenizer = GptqTokenizer(folder, Expected(settings.vocabulary, settings.bos, settings.eos))
+        tokenizer = GptqTokenizer(folder, Expected(settings.vocabulary_size, settings.bos, settings.eos))
         cuda = torch.cuda.is_available()
         place = Placement("cuda", torch.float16) if cuda else Placement("cpu", torch.float32)
         self.name = folder.resolve().name

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
-from koala_local.engine.gptq_files import ModelSettings, TensorFiles
+from koala_local.engine.gptq_files import TensorFiles
 from koala_local.engine.gptq_layout import (
     Layout,
     dequantize_groups,
@@ -20,6 +20,7 @@ from koala_local.engine.gptq_layout import (
     unpack_zeros,
 )
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig
 
 _FLOATS = ("F16", "BF16", "F32")
 _BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of dequantized weights at once; a CPU then reuses the memory
@@ -82,7 +83,7 @@ class QuantizedLinear(nn.Module):
         return dequantize_rows(words, self.zeros, self.scales, self.groups[start:stop], self.bits)
 
 
-def build_model(settings: ModelSettings, layout: Layout, files: TensorFiles, place: Placement) -> Any:
+def build_model(settings: ModelConfig, layout: Layout, files: TensorFiles, place: Placement) -> Any:
     """transformers' model with all weights read from `files`. Raises ModelFileError."""
     last = f"model.layers.{settings.layers - 1}.self_attn.q_proj"
     files.shape(f"{last}.qweight")  # before as many layers are made as config.json says
@@ -93,37 +94,37 @@ def build_model(settings: ModelSettings, layout: Layout, files: TensorFiles, pla
             shape = (module.in_features, module.out_features)
             model.set_submodule(name, _read_linear(name, *shape, layout, files, place))
     for name, parameter in list(model.named_parameters()):
-        if name == "lm_head.weight" and settings.tied:
+        if name == "lm_head.weight" and settings.tied_embeddings:
             continue
         value = files.read(name, tuple(parameter.shape), _FLOATS).to(place.device, place.dtype)
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
-    if settings.tied:
+    if settings.tied_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     rotary = type(model.model.rotary_emb)(config=model.config)  # its table is computed, not read: not on "meta"
     model.model.rotary_emb = rotary.to(place.device)
     return model.eval()
 
 
-def _skeleton(settings: ModelSettings) -> Any:
+def _skeleton(settings: ModelConfig) -> Any:
     common: dict[str, Any] = {
-        "vocab_size": settings.vocabulary,
-        "hidden_size": settings.hidden,
-        "intermediate_size": settings.feed_forward,
+        "vocab_size": settings.vocabulary_size,
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.feed_forward_size,
         "num_hidden_layers": settings.layers,
         "num_attention_heads": settings.heads,
         "num_key_value_heads": settings.kv_heads,
         "head_dim": settings.head_size,
         "max_position_embeddings": settings.context,
         "rms_norm_eps": settings.norm_epsilon,
-        "rope_parameters": dict(settings.rope),
-        "tie_word_embeddings": settings.tied,
+        "rope_parameters": {"rope_type": "default", **settings.rope_scaling, "rope_theta": settings.rope_base},
+        "tie_word_embeddings": settings.tied_embeddings,
         "attn_implementation": "sdpa",
         "pad_token_id": None,
     }
     try:
-        if settings.kind == "mistral":
-            return MistralForCausalLM(MistralConfig(**common, sliding_window=settings.window))
+        if settings.architecture == "MistralForCausalLM":
+            return MistralForCausalLM(MistralConfig(**common, sliding_window=settings.sliding_window))
         return LlamaForCausalLM(LlamaConfig(**common))
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"transformers refuses config.json: {str(error)[:200]}", "mend the file") from None

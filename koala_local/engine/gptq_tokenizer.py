@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from koala_local.engine.base import Vocabulary
-from koala_local.engine.gptq_files import read_json
 from koala_local.errors import ModelFileError
+from koala_local.models.json_file import read_optional
 
 _SPACE = "\u2581"
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -118,7 +118,7 @@ def _tokenizer_json(path: Path) -> _Read:
     model.encode_special_tokens = True  # as text: nothing that a user writes becomes a special token
     model.no_padding()
     model.no_truncation()
-    spell = _byte_level if '"ByteLevel"' in json.dumps(read_json(path).get("decoder")) else _spaced_or_byte
+    spell = _byte_level if '"ByteLevel"' in json.dumps(read_optional(path).get("decoder")) else _spaced_or_byte
     added = model.get_added_tokens_decoder()
     unknown = getattr(model.model, "unk_token", None)
     tokens = {}
@@ -161,8 +161,8 @@ _ALPHABET = _alphabet()
 def _add_tokens(folder: Path, tokens: dict[int, _Token]) -> None:
     """Tokens that tokenizer_config.json and added_tokens.json add. They are control tokens here, special or not: with
     neither library are those outside the tokenizer's own file matched in a text."""
-    decoder = read_json(folder / "tokenizer_config.json").get("added_tokens_decoder")
-    found: list[tuple[Any, Any]] = [(id_, text) for text, id_ in read_json(folder / "added_tokens.json").items()]
+    decoder = read_optional(folder / "tokenizer_config.json").get("added_tokens_decoder")
+    found: list[tuple[Any, Any]] = [(id_, text) for text, id_ in read_optional(folder / "added_tokens.json").items()]
     for key, entry in decoder.items() if isinstance(decoder, dict) else ():
         found.append((int(key) if key.isdecimal() else key, entry.get("content") if isinstance(entry, dict) else None))
     for id_, text in found:
@@ -186,7 +186,7 @@ def _vocabulary(
     for id_, token in tokens.items():
         by_kind[token.kind][token.text] = id_
     control = by_kind[_CONTROL] | by_kind[_UNKNOWN]
-    written = read_json(folder / "tokenizer_config.json")
+    written = read_optional(folder / "tokenizer_config.json")
     bos = _special(written, "bos_token", control, special.get("bos", expected.bos))
     eos = _special(written, "eos_token", control, special.get("eos", next(iter(expected.eos), None)))
     add_bos = written.get("add_bos_token", True)

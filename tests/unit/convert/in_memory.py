@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from koala_local.convert.architecture import ModelConfig, TensorInfo
+from koala_local.convert.architecture import TensorInfo
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
+
+from koala_local.models.configuration import ModelConfig
 
 torch.set_num_threads(1)  # a matrix of 64 columns gains nothing from a second thread and waits for it
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from koala_local.convert import gguf as converter
-from koala_local.convert.architecture import Checkpoint, ModelConfig, TensorInfo
+from koala_local.convert.architecture import Checkpoint, TensorInfo
 from koala_local.convert.checkpoint import open_checkpoint
 from koala_local.convert.gguf import Progress, Report, write_gguf
 from koala_local.convert.kquants import BASE_TYPES, parse_overrides
@@ -27,6 +27,7 @@ from koala_local.convert.vocabulary import Vocabulary, read_vocabulary
 from transformers import LlamaForCausalLM
 
 from koala_local.errors import KoalaError, ModelFileError
+from koala_local.models.configuration import ModelConfig
 from tests.checkpoint_maker import make_hf
 from tests.unit.convert.llama_quantize import llama_quantize, read_tensors
 

@@ -9,10 +9,10 @@ import gguf
 import numpy as np
 import pytest
 from koala_local.convert import kquants
-from koala_local.convert.architecture import ModelConfig
 from koala_local.convert.kquants import BASE_TYPES, parse_overrides, quantize_rows, tensor_types
 
 from koala_local.errors import KoalaError, ModelFileError
+from koala_local.models.configuration import ModelConfig
 from tests.unit.convert.llama_quantize import llama_quantize, read_tensors, read_types
 
 QUANTIZED = [kind for kind, base in BASE_TYPES.items() if base not in kquants.PLAIN_TYPES]

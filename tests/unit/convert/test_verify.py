@@ -13,7 +13,6 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from koala_local.convert.architecture import ModelConfig
 from koala_local.convert.checkpoint import open_checkpoint
 from koala_local.convert.report import Report, card_fit
 from koala_local.convert.verify import (
@@ -28,6 +27,7 @@ from koala_local.convert.verify import (
 from torch.nn import functional
 
 import koala_local
+from koala_local.models.configuration import ModelConfig
 from tests.unit.convert.in_memory import InMemory, random_ids, tiny
 
 SEQUENCES = [tuple(random_ids(150).tolist()), tuple(random_ids(7, seed=3).tolist()), (5, 6)]

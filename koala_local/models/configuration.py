@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from koala_local.errors import ModelFileError
-
-from .architecture import ModelConfig
-from .json_file import read_object
+from koala_local.models.json_file import read_object
 
 # "LLaMAForCausalLM" is how the class was called while it was being added to transformers; checkpoints kept it.
 _ARCHITECTURES = {
@@ -22,8 +21,31 @@ _MISTRAL_DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": 8, "sliding_windo
 _SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 _LARGEST = 1 << 31
 _SHOWN = 80
-_SUPPORTED = "LlamaForCausalLM and MistralForCausalLM models can be converted"
+_SUPPORTED = "LlamaForCausalLM and MistralForCausalLM models are supported"
 _REPAIR = "get the configuration again from where the model is published"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The numbers of a LLaMA-family model, as config.json, params.json or a GGUF header give them."""
+
+    architecture: str  # "LlamaForCausalLM" or "MistralForCausalLM"
+    vocabulary_size: int  # rows of the embedding
+    hidden_size: int
+    feed_forward_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    norm_epsilon: float
+    rope_base: float
+    context: int
+    tied_embeddings: bool
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict)  # transformers' words; empty: none
+    sliding_window: int | None = None
+    bos: int | None = None  # as the configuration says; the tokenizer is trusted over it
+    eos: tuple[int, ...] = ()
+    name: str = ""
 
 
 class Settings:
@@ -76,11 +98,12 @@ class Settings:
         raise self.fail(key)
 
 
-def read_configuration(path: Path) -> ModelConfig:
-    """The model that a config.json describes. Raises ModelFileError for anything but a plain LLaMA or Mistral."""
+def read_configuration(path: Path, *, quantized: bool = False) -> ModelConfig:
+    """The model that a config.json describes. Raises ModelFileError for anything but a plain LLaMA or Mistral, and for
+    weights that are quantized where the caller does not expect that."""
     settings = Settings(read_object(path), repr(str(path)))
     architecture = _architecture(settings)
-    _refuse_variants(settings)
+    _refuse_variants(settings, quantized)
     if architecture == "MistralForCausalLM":
         settings.values = {**_MISTRAL_DEFAULTS, **settings.values}
     heads, hidden = settings.count("num_attention_heads"), settings.count("hidden_size")
@@ -118,12 +141,12 @@ def _architecture(settings: Settings) -> str:
     raise ModelFileError(f"{settings.where}: the architecture {str(first)[:_SHOWN]!r} is not supported", _SUPPORTED)
 
 
-def _refuse_variants(settings: Settings) -> None:
+def _refuse_variants(settings: Settings, quantized: bool) -> None:
     """Raise for what makes another model of a LLaMA, or code of it."""
     if settings.values.get("auto_map"):
         what = "the model comes with code of its own (auto_map), which is never run"
         raise ModelFileError(f"{settings.where}: {what}", _SUPPORTED)
-    if quantization := settings.mapping("quantization_config"):
+    if (quantization := settings.mapping("quantization_config")) and not quantized:
         kind = str(quantization.get("quant_method", "unknown"))[:_SHOWN]
         what = f"the model is quantized already ({kind!r})"
         raise ModelFileError(f"{settings.where}: {what}", "get the model in its 16-bit form")
@@ -165,5 +188,5 @@ def _rotary(settings: Settings) -> tuple[float, Mapping[str, Any]]:
         return base, {}
     if kind not in _SCALINGS:
         what = f"positions are scaled by {str(kind)[:_SHOWN]!r}; known are {', '.join(_SCALINGS)}"
-        raise ModelFileError(f"{settings.where}: {what}", "this model cannot be converted")
+        raise ModelFileError(f"{settings.where}: {what}", _SUPPORTED)
     return base, found

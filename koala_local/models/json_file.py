@@ -7,11 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from koala_local.errors import ModelFileError
+from koala_local.errors import DAMAGED, ModelFileError
 
-from .stored import DAMAGED
-
-_LIMIT = 32 << 20  # bytes; the shard map of the largest models takes some 100 KB
+_LIMIT = 128 << 20  # bytes; the largest honest tokenizer.json takes some 20 MB
 _SHOWN = 120
 
 
@@ -47,6 +45,11 @@ def read_object(path: Path) -> dict[str, Any]:
     if len(text) > _LIMIT:
         raise ModelFileError(f"{str(path)!r} is larger than {_LIMIT >> 20} MiB", DAMAGED)
     return parse_object(text, repr(str(path)))
+
+
+def read_optional(path: Path) -> dict[str, Any]:
+    """The JSON object in the file, {} where there is no such file. Raises ModelFileError."""
+    return read_object(path) if path.is_file() else {}
 
 
 def member(folder: Path, name: str) -> Path:

@@ -24,7 +24,7 @@ lint:
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	@# mypy does not see the mapping of packages in pyproject.toml: lay the folders out as they are installed.
-	@mkdir -p .mypy_cache/tree/koala_local && ln -sfn $(CURDIR)/koala_local/* $(CURDIR)/convert .mypy_cache/tree/koala_local
+	@mkdir -p .mypy_cache/tree/koala_local && ln -sfn $(CURDIR)/koala_local/* $(CURDIR)/convert $(CURDIR)/finetune .mypy_cache/tree/koala_local
 	.venv/bin/mypy
 
 bench:

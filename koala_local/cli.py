@@ -13,8 +13,11 @@ from koala_local.errors import Interrupted, KoalaError
 # name: (where its click command is, what `koala --help` says of it)
 COMMANDS = {
     "chat": ("koala_local.chat.command:chat", "Talk to a model in the terminal."),
+    "list": ("koala_local.models.command:list_models", "List the models that are here."),
+    "pull": ("koala_local.models.command:pull", "Download a model, or register one of your own."),
     "quantize": ("koala_local.convert.command:quantize", "Make a model of 2 to 8 bits a weight from a checkpoint."),
     "recover": ("koala_local.convert.command:recover", "Add Koala's published weight difference to LLaMA."),
+    "rm": ("koala_local.models.command:remove", "Remove a model from the cache, or forget one of your own."),
     "sessions": ("koala_local.chat.command:sessions", "List or remove saved conversations."),
 }
 _TRACEBACK = click.Option(["--traceback"], is_flag=True, expose_value=False, help="Show where an error came from.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ if hasattr(os, "sched_setaffinity"):
     # than two. Children inherit it.
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[os.getpid() % len(_cores)]})
+
+
+# Read once, when huggingface_hub is imported: no test sees, or adds to, the models of whoever runs it.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="koala-hub-")
+os.environ.pop("HF_HUB_CACHE", None)
 
 
 @pytest.fixture(autouse=True)

@@ -78,7 +78,9 @@ def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--json", "as_json", is_flag=True, help="Speak JSON lines: requests on stdin, replies on stdout.")
 def chat(model: str | None, prompt: str | None, as_json: bool, **options: Any) -> None:
-    """Talk to MODEL: the path of a GGUF file; by default the last one used, else the bundled miniature.
+    """Talk to MODEL: an alias such as koala-13b, OWNER/REPO[:TYPE or :FILE] on the Hugging Face hub, a GGUF file, or a
+    GPTQ folder; by default the last one used, else the bundled miniature. At a terminal, what is not here yet is
+    downloaded first.
 
     With -p, or with text on stdin, one reply is written and the program exits.
     """
@@ -138,6 +140,7 @@ def _open(
 
     saved = history.load(session)[0] if session else None
     last = _last_model(history, saved.model if saved else None, asked=model is not None)
+    _fetch_missing(model)
     loaded = open_model(model, last, load, console.note)
     try:
         sampling = Sampling()
@@ -167,6 +170,21 @@ def _open(
         loaded.engine.close()
         raise
     return loaded, conversation
+
+
+def _fetch_missing(model: str | None) -> None:
+    """Download a model of the hub that is not here yet. Raises NotHereError where nobody sits at a terminal to see how
+    much that is."""
+    from koala_local.models.resolve import NotHereError, resolve
+
+    try:
+        resolve(model, None)
+    except NotHereError as error:
+        if not (model and sys.stdin and sys.stdin.isatty() and sys.stderr and sys.stderr.isatty()):
+            raise
+        from koala_local.models.command import fetch
+
+        fetch(model, error.wanted)
 
 
 def _last_model(history: History, of_session: str | None, *, asked: bool) -> str | None:

@@ -17,6 +17,7 @@ from koala_local.chat.views import one_line
 from koala_local.dialogue import FORMATS
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import KoalaError
+from koala_local.models.store import known
 from koala_local.paths import private_folder
 
 _LONGEST_KEPT = 20_000  # characters of a message; longer ones are pasted files
@@ -49,6 +50,7 @@ class SlashCompleter(Completer):
             case "attach" | "export":
                 yield from self._files.get_completions(document, event)
             case "model":
+                yield from _match(argument, _known_models())
                 yield from self._models.get_completions(document, event)
             case "template":
                 yield from _match(argument, [(name, "") for name in ("auto", "embedded", *FORMATS)])
@@ -75,9 +77,15 @@ class SlashCompleter(Completer):
         return [(b.last.name or str(b.number), one_line(b.last.user, 40)) for b in branches]
 
 
+def _known_models() -> list[tuple[str, str]]:
+    with suppress(OSError):
+        return [(model.reference, model.origin) for model in known() if model.size is not None]
+    return []
+
+
 def _match(typed: str, choices: Iterable[tuple[str, str]]) -> Iterator[Completion]:
     for text, meaning in choices:
-        if text.startswith(typed.lower()):
+        if text.lower().startswith(typed.lower()):
             yield Completion(text, start_position=-len(typed), display=text.strip(), display_meta=meaning)
 
 

@@ -15,6 +15,7 @@ from koala_local.errors import ModelFileError
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probe
 from koala_local.models.resolve import resolve
+from koala_local.models.store import mark_used
 
 if TYPE_CHECKING:
     from koala_local.chat.front import Front
@@ -85,6 +86,7 @@ def open_model(
     except BaseException:
         engine.close()
         raise
+    mark_used(path)
     return LoadedModel(path, header, engine, format, reason)
 
 

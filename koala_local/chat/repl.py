@@ -239,7 +239,7 @@ class Repl:
         format, reason = self.conversation.ledger.format.name, model.format_reason
         self.show(Text(plain(f"context {engine.context_size} tokens, prompt format {format} ({reason})"), "dim"))
         if model.path.resolve() == nano.MODEL_PATH.resolve():
-            self.show("This is the bundled miniature. For a real model: koala chat FILE.gguf")
+            self.show("This is the bundled miniature. For a real model: koala chat koala-13b")
         if notice := model.licence_notice():
             self.show(Text(notice, "yellow"))
         self._tell_notes()

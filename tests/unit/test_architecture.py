@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "koala_local"
-STAGES = ("convert",)  # top-level folders that are installed below koala_local
+STAGES = ("convert", "finetune")  # top-level folders that are installed below koala_local
 NOT_FOR_HELP = [
     *("llama_cpp", "prompt_toolkit", "rich", "jinja2", "huggingface_hub", "numpy", "torch"),
     *(
@@ -21,6 +21,9 @@ NOT_FOR_HELP = [
         "platformdirs",
         "transformers",
         "koala_local.convert",
+        "koala_local.finetune",
+        "numba",
+        "pyarrow",
         "pygments",
         "sqlite3",
         "koala_local.chat",
@@ -39,18 +42,24 @@ class Rule:
     except_in: tuple[str, ...] = ()
 
 
-RICH = ("console.py", *(f"chat/{name}.py" for name in ("render", "markdown", "repl", "commands", "front", "*views")))
+RICH = (
+    *("console.py", "finetune/*views.py"),
+    *(f"chat/{name}.py" for name in ("render", "markdown", "repl", "commands", "front", "*views")),
+)
 
 # The edge may load an engine; dialogues are written by dialogue.py, layouts are shared with the engine that runs them.
 CONVERT_MAY = ("convert/command.py", "convert/calibration.py", "convert/pack.py", "convert/gptq*.py")
+FINETUNE_MAY = ("finetune/*command.py", "finetune/tokens.py")  # a training row has the ids that chat gives it
 
 RULES = [
     Rule(("koala_local.chat", "koala_local.dialogue"), where="engine/*"),
     Rule(("koala_local.chat",), where="models/*"),
-    Rule(("torch", "transformers"), except_in=("engine/gptq*.py", "convert/*")),
+    Rule(("torch", "transformers"), except_in=("engine/gptq*.py", "convert/*", "finetune/*")),
     Rule(("koala_local.engine", "koala_local.chat", "koala_local.dialogue"), "convert/*", CONVERT_MAY),
+    Rule(("koala_local.engine", "koala_local.chat", "koala_local.convert"), "finetune/*", FINETUNE_MAY),
+    Rule(("koala_local.finetune",), "convert/*"),
     Rule(("rich",), except_in=RICH),
-    Rule(("click",), except_in=("cli.py", "*/command.py")),
+    Rule(("click",), except_in=("cli.py", "*/*command.py")),
     Rule(("prompt_toolkit",), except_in=("chat/*",)),
     Rule(("koala_local.cli",)),
     Rule(("koala_local.chat.command",), except_in=("cli.py",)),

@@ -14,8 +14,8 @@ from koala_local import __version__
 from koala_local.cli import COMMANDS, load
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("koala_local", "convert", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
-PROGRAM = ("koala_local", "convert", "tools", "benchmarks")
+FOLDERS = ("koala_local", "convert", "finetune", "tests", "tools", "benchmarks", "examples", "docs", ".ci")
+PROGRAM = ("koala_local", "convert", "finetune", "tools", "benchmarks")
 LONGEST_FILE = 400  # lines, of the program
 
 

@@ -1,0 +1,130 @@
+"""`koala finetune`: a checkpoint or a shape, dialogues and settings in, a trained checkpoint out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from koala_local import console
+from koala_local.errors import KoalaError
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
+    from .settings import Settings
+
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.command(short_help="Train a model on dialogues.")
+@click.option("--base", type=_FOLDER, help="The checkpoint to start from; none: from scratch, with model.* keys.")
+@click.option("--data", required=True, metavar="CORPUS|RECIPE|FILE", help="A built corpus, a recipe, or dialogues.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("--gpus", type=click.IntRange(0, 1024), help="Of each machine; 0: the processor. Default: all there are.")
+@click.option("--nodes", type=click.IntRange(1, 65_536), default=1, help="Machines; each runs this command.")
+@click.option("--rendezvous", default="", metavar="HOST:PORT", help="Where nodes meet: one of them.")
+@click.option("--lora", is_flag=True, help="Train low-rank adapters; they are merged into the base at the end.")
+@click.option("--qlora", is_flag=True, help="The same over a base of 4 bits.")
+@click.option("--plan", "plan_only", is_flag=True, help="Say what it takes and whether it fits, and stop.")
+@click.option("--resume", is_flag=True, help="Go on with the run in the output folder.")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings as TOML.")
+@click.option("--raw", type=_FOLDER, help="Folder of the raw files of a recipe; default: download them.")
+@click.option("--tokenizer", type=click.Path(exists=True, path_type=Path), help="Where the base has none.")
+@click.argument("words", nargs=-1, metavar="[KEY=VALUE]..")
+def finetune(data: str, out: Path, words: tuple[str, ...], **options: Any) -> int:
+    """Train a model on dialogues and write it as a Hugging Face checkpoint.
+
+    KEY=VALUE sets one of: epochs, max_steps, sequence_length, global_batch, micro_batch, learning_rate, .. and, for a
+    model from scratch, model.hidden_size, model.layers, ..; an unknown key lists all.
+    """
+    _need_extra()
+    from .launch import quiet_libraries
+
+    quiet_libraries()
+    if options["rendezvous"] and options["nodes"] == 1:
+        raise click.UsageError("--rendezvous is for --nodes of 2 or more")
+    return _finetune(data, out, words, options)
+
+
+def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, Any]) -> int:
+    from .forecast import check_base, forecast
+    from .job import Job
+    from .launch import Place, check_place, launch
+    from .prepare import check_output, locked, prepare, recipe_settings
+
+    settings = _settings(words, options)
+    base, tokenizer = options["base"], _tokenizer(options["base"], options["tokenizer"], settings)
+    place = Place(_gpus() if options["gpus"] is None else options["gpus"], options["nodes"], options["rendezvous"])
+    check_place(place)
+    if not options["plan_only"]:
+        check_output(out, resume=options["resume"])
+    check_base(base, tokenizer, settings)
+    with locked(out), console.progress("building") as step:
+        corpus = prepare(data, out, tokenizer, options["raw"], lambda what, done, of: step(done, of or 0, what))
+    settings = _settings(words, options, recipe_settings(corpus))
+    job = Job(settings, base, tokenizer, corpus, out, place.gpus, options["resume"])
+    plan = forecast(job, place)
+    _show(plan, plan_only=options["plan_only"])
+    if options["plan_only"]:
+        return console.Exit.OK
+    return _end(launch("koala_local.finetune.worker:work", (replace(job, price=plan.dollars_an_hour),), place), out)
+
+
+def _show(plan: Forecast, *, plan_only: bool) -> None:
+    """Print the plan; once, where several processes make it. Raises OutOfMemoryError when the run does not fit."""
+    from .launch import current_rank
+
+    if plan_only:
+        console.out(str(plan.plan))
+    elif current_rank().first:
+        console.note(str(plan.plan))
+    plan.check()
+
+
+def _end(status: int, out: Path) -> int:
+    """Say what there is now, and return the status."""
+    from .launch import current_rank
+
+    if current_rank().first:
+        if status:
+            console.note(f"stopped; what was done is saved in {out}: the same command with --resume goes on")
+        else:
+            console.out(str(out))
+    return status
+
+
+def _settings(words: tuple[str, ...], options: dict[str, Any], defaults: dict[str, Any] | None = None) -> Settings:
+    from .settings import read_settings
+
+    lora = options["lora"] or options["qlora"]
+    return read_settings(options["config"], words, lora=lora, four_bit=options["qlora"], defaults=defaults or {})
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _tokenizer(base: Path | None, given: Path | None, settings: Settings) -> Path:
+    """Where the tokenizer is. Raises UsageError when that is not said, or what the model is."""
+    if base is None and settings.model is None:
+        raise click.UsageError("name a checkpoint with --base, or a shape with model.* keys")
+    if base is not None and settings.model is not None:
+        raise click.UsageError("--base and model.* keys exclude each other")
+    if base is None and settings.lora is not None:
+        raise click.UsageError("--lora and --qlora need --base: new weights have nothing to adapt")
+    place = given or base
+    if place is None:
+        raise click.UsageError("a model from scratch needs --tokenizer: a file, or the folder of a checkpoint")
+    return place
+
+
+def _need_extra() -> None:
+    needed = ("torch", "transformers", "safetensors", "sentencepiece", "tensorboard", "matplotlib")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        what = f"this command needs {', '.join(missing)}, not installed yet"
+        raise KoalaError(what, "run `make finetune`, or install koala-local[finetune]")

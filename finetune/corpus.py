@@ -1,0 +1,175 @@
+"""A corpus on disk, memory-mapped. Its files are those that corpus_format.py describes; reading trusts none of them."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from koala_local.errors import ModelFileError
+
+from .corpus_format import FILES, MANIFEST, REBUILD, TYPES, CorpusError, Counts, Manifest, parse_manifest, token_type
+from .corpus_writer import write_corpus
+
+__all__ = ["Corpus", "CorpusError", "Counts", "Manifest", "open_corpus", "write_corpus"]
+
+_LARGEST_MANIFEST = 128 << 20
+_BLOCK = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """An open corpus. The arrays are those of corpus_format.py, mapped from the files."""
+
+    folder: Path
+    manifest: Manifest
+    tokens: NDArray[Any]
+    trained: NDArray[np.uint8]
+    documents: NDArray[np.int64]
+    turns: NDArray[np.int64]
+    places: NDArray[np.int32]  # (turns, 2): prompt, reply
+    sources: NDArray[np.uint16]
+    held_out: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        return len(self.sources)
+
+    @property
+    def key(self) -> str:
+        """Equal for corpora of equal content."""
+        return self.manifest.key
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        return tuple(self.manifest.sources)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document."""
+        lengths: NDArray[np.int64] = self.documents[1:] - self.documents[:-1]
+        return lengths
+
+    @property
+    def trained_counts(self) -> NDArray[np.int64]:
+        """Trained tokens of each document."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        counts: NDArray[np.int64] = np.add.reduceat(self.trained, self.documents[:-1], dtype=np.int64)
+        return counts
+
+    @property
+    def headers(self) -> NDArray[np.int64]:
+        """Tokens before the first prompt of each document."""
+        headers: NDArray[np.int64] = self.places[self.turns[:-1], 0].astype(np.int64)
+        return headers
+
+    def document(self, index: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        """The ids of a document, and what of it is trained on."""
+        start, end = self.documents[index : index + 2]
+        return self.tokens[start:end], self.trained[start:end]
+
+    def turns_of(self, index: int) -> NDArray[np.int32]:
+        """Where the prompt and the reply of each turn begin within the document: (turns, 2)."""
+        return self.places[self.turns[index] : self.turns[index + 1]]
+
+
+def open_corpus(folder: Path, tokenizer_key: str | None = None) -> Corpus:
+    """The corpus in the folder. Every file is read once, to check it against the manifest and its own bounds.
+
+    Raises CorpusError: no corpus, a damaged one, or one made with a tokenizer of another key."""
+    if not (folder / MANIFEST).is_file():
+        raise CorpusError(f"there is no corpus in {str(folder)!r}: it has no {MANIFEST}", "koala data build makes one")
+    try:
+        manifest = _manifest(folder / MANIFEST)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    except ModelFileError as error:
+        raise CorpusError(error.message, REBUILD) from None
+    if tokenizer_key is not None and manifest.tokenizer_key != tokenizer_key:
+        what = f"the corpus {str(folder)!r} was built with another tokenizer than the model's"
+        raise CorpusError(what, "build it again with the tokenizer of the base: koala data build")
+    types = TYPES | {"tokens": token_type(manifest.vocabulary_size)}
+    try:
+        arrays = {name: _map(folder, name, types[name], manifest) for name in FILES}
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    arrays["places"] = arrays["places"].reshape(-1, 2)
+    arrays["held_out"] = arrays["held_out"].view(np.bool_)
+    corpus = Corpus(folder, manifest, **arrays)
+    _check_counts(corpus)
+    return corpus
+
+
+def _unreadable(folder: Path, error: OSError) -> CorpusError:
+    return CorpusError(f"{str(folder)!r} cannot be read: {error.strerror}", "check the folder")
+
+
+def _manifest(path: Path) -> Manifest:
+    with path.open("rb") as file:
+        return parse_manifest(file.read(_LARGEST_MANIFEST), path)
+
+
+def _map(folder: Path, name: str, kind: str, manifest: Manifest) -> NDArray[Any]:
+    """The file as an array; its length and hash are right."""
+    path = folder / f"{name}.bin"
+    size, digest = manifest.files[name]
+    length = path.stat().st_size if path.is_file() else -1
+    item = np.dtype(kind).itemsize
+    if length != size or size % item:
+        what = "is missing" if length < 0 else f"has {length} bytes, its manifest says {size}"
+        raise CorpusError(f"{str(path)!r} {what}", REBUILD)
+    if size == 0:
+        return np.empty(0, kind)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    found = hashlib.sha256()
+    for start in range(0, size, _BLOCK):
+        found.update(memoryview(mapped)[start : start + _BLOCK])
+    if found.hexdigest() != digest:
+        raise CorpusError(f"{str(path)!r} is damaged: its SHA-256 is not that of its manifest", REBUILD)
+    return np.frombuffer(mapped, kind)
+
+
+def _check_counts(corpus: Corpus) -> None:
+    """Whether every number in the files leads to a place that there is. Raises CorpusError."""
+    count, names = len(corpus), len(corpus.manifest.sources)
+    first = corpus.places[corpus.turns[:-1], 0] if _rises(corpus.turns, count, len(corpus.places)) else None
+    checks = {
+        "documents": _rises(corpus.documents, count, len(corpus.tokens)),
+        "turns": first is not None,
+        "trained": len(corpus.trained) == len(corpus.tokens) and _below(corpus.trained, 2),
+        "tokens": _below(corpus.tokens, corpus.manifest.vocabulary_size),
+        "sources": _below(corpus.sources, names),
+        "held_out": len(corpus.held_out) == count and _below(corpus.held_out.view(np.uint8), 2),
+    }
+    checks["places"] = checks["documents"] and checks["turns"] and _places_fit(corpus)
+    for name, right in checks.items():
+        if not right:
+            raise CorpusError(f"{corpus.folder / name!s}.bin holds numbers that cannot be", REBUILD)
+
+
+def _rises(offsets: NDArray[np.int64], count: int, end: int) -> bool:
+    """Whether `count` spans, none of them empty, cover 0 to `end`."""
+    whole = len(offsets) == count + 1 and int(offsets[0]) == 0 and int(offsets[-1]) == end
+    return whole and bool((offsets[1:] > offsets[:-1]).all())
+
+
+def _below(numbers: NDArray[Any], limit: int) -> bool:
+    step = _BLOCK
+    return all(int(numbers[start : start + step].max()) < limit for start in range(0, len(numbers), step))
+
+
+def _places_fit(corpus: Corpus) -> bool:
+    """prompt 0 < reply 0 <= prompt 1 < reply 1 .. < length: a reply begins after its prompt, and has an end token."""
+    prompts, replies = corpus.places[:, 0], corpus.places[:, 1]
+    last = corpus.turns[1:] - 1
+    ends = np.empty(len(prompts), dtype=np.int64)
+    ends[:-1] = prompts[1:]
+    ends[last] = corpus.lengths
+    return bool(((prompts >= 0) & (prompts < replies) & (replies < ends)).all())

@@ -1,0 +1,157 @@
+"""`koala data`: build a corpus from raw dialogues, look into it, and report on it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from koala_local import console
+from koala_local.errors import KoalaError
+
+if TYPE_CHECKING:
+    from .mix import Tell
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@click.group(short_help="Build a training corpus from raw dialogues, and look into it.")
+def data() -> None:
+    """Make dialogues into tokens that `koala finetune` trains on."""
+
+
+@data.command(short_help="Make a corpus of a recipe, or of a file of your own.")
+@click.argument("recipe")
+@click.option("--raw", type=_FOLDER, help="Folder of the raw files, as published; default: download them.")
+@click.option(
+    "--tokenizer",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="A tokenizer.model, or the folder of a checkpoint.",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("--test-set", "test_sets", multiple=True, type=_FILE, help="Leave out what is too close to its queries.")
+@click.option("--workers", type=click.IntRange(1, 256), help="Processes; default: one for each core.")
+@click.option("--force", is_flag=True, help="Replace an existing corpus.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def build(
+    recipe: str,
+    raw: Path | None,
+    tokenizer: Path,
+    output: Path,
+    test_sets: tuple[Path, ...],
+    workers: int | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Make a corpus of RECIPE: koala-all, koala-distill, open-source, a .toml file, or a file of dialogues.
+
+    A build that was stopped goes on where it was when it is run again.
+    """
+    _need_extra()
+    from .build import build as make
+    from .build import choose_recipe
+
+    with _telling() as tell:
+        report = make(
+            choose_recipe(recipe),
+            output,
+            tokenizer,
+            raw=raw,
+            test_sets=test_sets,
+            processes=workers,
+            force=force,
+            tell=tell,
+        )
+    if as_json:
+        console.json_line(report)
+        return
+    _show_report(report)
+    console.note(f"{output}: {report['total']['kept']:,} dialogues, {report['total']['tokens']:,} tokens")
+
+
+@data.command(short_help="Show a dialogue of a corpus, with what is trained on.")
+@click.argument("corpus", type=_FOLDER)
+@click.option("--source", help="Of this source only.")
+@click.option("--index", type=click.IntRange(0), help="The dialogue of this number, from 0.")
+@click.option("--random", "at_random", is_flag=True, help="Any one.")
+def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool) -> None:
+    """Show a dialogue of CORPUS as the model reads it: tokens that are trained on are green, or in ⟦brackets⟧."""
+    _need_extra()
+    if index is not None and at_random:
+        raise click.UsageError("--index and --random exclude each other")
+    from .data_views import dialogue_view
+    from .look import look
+
+    found = look(corpus, source, None if at_random else index or 0)
+    console.note(
+        f"{found.source}, {found.row}; dialogue {found.index} of the corpus; {found.tokens:,} tokens, "
+        f"{found.trained:,} trained on{', held out' if found.held_out else ''}"
+    )
+    coloured = sys.stdout.isatty() and not console.out_console().no_color
+    view = dialogue_view(found.runs, coloured=coloured)
+    if coloured:
+        console.out_console().print(view, soft_wrap=True)
+    else:
+        console.out(view.plain)
+
+
+@data.command(short_help="Tell what a corpus is made of.")
+@click.argument("corpus", type=_FOLDER)
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@click.option("--no-plots", is_flag=True, help="Write no pictures into the corpus's folder.")
+def report(corpus: Path, as_json: bool, no_plots: bool) -> None:
+    """Tell what CORPUS is made of: counts beside the published ones, lengths, and what was left out and why."""
+    _need_extra()
+    from .look import read_report
+
+    found = read_report(corpus)
+    if as_json:
+        console.json_line(found)
+    else:
+        _show_report(found)
+    if not no_plots:
+        from .report_plots import write_plots
+
+        console.note(f"pictures: {', '.join(str(path) for path in write_plots(found, corpus))}")
+
+
+def _show_report(found: object) -> None:
+    from .data_views import report_view
+
+    view = report_view(found)  # type: ignore[arg-type]
+    if sys.stdout.isatty():
+        console.out_console().print(view)
+    else:
+        console.out(console.as_text(view))
+
+
+def _need_extra() -> None:
+    needed = ("numpy", "sentencepiece", "datasketch", "py3langid", "matplotlib", "pyarrow")
+    if missing := [name for name in needed if find_spec(name) is None]:
+        what = f"this command needs {', '.join(missing)}, not installed yet"
+        raise KoalaError(what, "run `make finetune`, or install koala-local[finetune]")
+
+
+@contextmanager
+def _telling() -> Iterator[Tell]:
+    """A bar for each part of the work."""
+    with console.progress("building") as step:
+        part, started, before = "", 0.0, 0
+
+        def tell(what: str, done: int, total: int | None) -> None:
+            nonlocal part, started, before
+            if what != part:
+                part, started, before = what, time.monotonic(), done
+            passed = time.monotonic() - started
+            rate = f", {(done - before) / passed:,.0f} a second" if passed > 1 else ""
+            step(done, total, f"{what}{rate}")
+
+        yield tell

@@ -1,0 +1,102 @@
+"""What `koala data` shows: the table of a report, and a dialogue as the model is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .mix import REASONS
+
+SHOWN = 3  # rows of each source and kind
+_LABELS = {
+    "keyword": "keyword",
+    "language": "not English",
+    "contaminated": "in a test set",
+    "exact": "repeated",
+    "near": "nearly repeated",
+}
+
+
+def report_view(report: Mapping[str, Any]) -> RenderableType:
+    """Counts beside the published ones, lengths, and what was left out."""
+    return Group(_counts(report), "", _lengths(report), "", _left_out(report), "", *_notes(report))
+
+
+def _counts(report: Mapping[str, Any]) -> Table:
+    table = _table(f"recipe {report['recipe']['name']}", ("published", "rows", "examples", "kept", "held out", "turns"))
+    for each in (*report["sources"].values(), report["total"]):
+        numbers = [each[key] for key in ("rows", "examples", "kept", "held_out", "turns")]
+        published = f"{each['published']:,}" if each["published"] else "-"
+        table.add_row(each.get("title", "total"), published, *(f"{number:,}" for number in numbers))
+    return table
+
+
+def _lengths(report: Mapping[str, Any]) -> Table:
+    table = _table("tokens", ("all", "trained on", "median", "95 %", "99 %", "longest"))
+    for each in (*report["sources"].values(), report["total"]):
+        quantiles = each["lengths"]["quantiles"]
+        numbers = [each["tokens"], each["trained_tokens"], *(quantiles.get(q, 0) for q in ("0.5", "0.95", "0.99"))]
+        numbers.append(each["lengths"]["longest"])
+        table.add_row(each.get("title", "total"), *(f"{number:,}" for number in numbers))
+    return table
+
+
+def _left_out(report: Mapping[str, Any]) -> Table:
+    table = _table("left out", ("unusable", *(_LABELS[reason] for reason in REASONS)))
+    for each in (*report["sources"].values(), report["total"]):
+        skipped = each["skipped"] if isinstance(each["skipped"], int) else sum(each["skipped"].values())
+        numbers = [skipped, *(each["removed"][reason] for reason in REASONS)]
+        table.add_row(each.get("title", "total"), *(f"{number:,}" if number else "-" for number in numbers))
+    return table
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("source")
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
+
+
+def _notes(report: Mapping[str, Any]) -> list[Text]:
+    lines = []
+    if report["decontaminated"]:
+        sets = ", ".join(f"{each['file']} ({each['queries']:,} queries)" for each in report["test_sets"])
+        lines.append(Text(f"Held against the test sets {sets}."))
+    else:
+        lines.append(
+            Text("NOT DECONTAMINATED: no test set was given; evaluations may be on training data.", "bold red")
+        )
+    for each in report["sources"].values():
+        lines += [Text(line) for line in (*_closest(each), *_skipped(each))]
+    return lines
+
+
+def _closest(source: Mapping[str, Any]) -> list[str]:
+    """The worst of what is in a test set; of a pair one."""
+    worst = list({each["row"]: each for each in source["contaminated"]}.values())[:SHOWN]
+    return [f"In a test set, BLEU {each['bleu']:.2f}: {each['row']} is close to {each['test_row']}." for each in worst]
+
+
+def _skipped(source: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for reason, count in source["skipped"].items():
+        rows = [each["row"] for each in source["skipped_rows"] if each["reason"] == reason][:SHOWN]
+        more = ", .." if count > len(rows) else ""
+        lines.append(f"Unusable, {reason}, {count:,}: {', '.join(rows)}{more}.")
+    return lines
+
+
+def dialogue_view(runs: Sequence[tuple[str, bool]], *, coloured: bool) -> Text:
+    """Text that is trained on (True) or only read: in green and grey, or with the former in brackets."""
+    text = Text()
+    for said, trained in runs:
+        if coloured:
+            text.append(said, "green" if trained else "bright_black")
+        else:
+            text.append(f"⟦{said}⟧" if trained else said)
+    return text

@@ -1,0 +1,22 @@
+"""What the command line hands to every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run as the command line has it, the data being prepared."""
+
+    settings: Settings
+    base: Path | None  # None: from scratch
+    tokenizer: Path  # a checkpoint folder, or a tokenizer's file
+    corpus: Path
+    out: Path
+    gpus: int  # of each node; 0: the processor
+    resume: bool = False
+    price: float | None = None  # dollars an hour of all GPUs

@@ -1,0 +1,84 @@
+"""The mix as a file that people read and the corpus is made from: one JSON object a line.
+
+    {"source": "hh", "row": "train.jsonl:3", "system": "..", "turns": [{"user": "..", "reply": "..", "helpful": false}]}
+
+`system` is there where there is one, `helpful` where it is false. A line with `"held_out": true` is never trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from koala_local.dialogue import Dialogue, Turn
+
+from .example import Example
+
+_HELD_OUT = ', "held_out": true}'
+
+
+def to_line(example: Example) -> str:
+    """The example as one line, without its end."""
+    dialogue = example.dialogue
+    tree: dict[str, Any] = {"source": example.source, "row": example.row}
+    if dialogue.system:
+        tree["system"] = dialogue.system
+    tree["turns"] = [
+        {"user": turn.user, "reply": turn.reply} | ({} if turn.helpful else {"helpful": False})
+        for turn in dialogue.turns
+    ]
+    return json.dumps(tree, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def from_line(line: str) -> Example:
+    """The example of a line that `to_line` wrote, held out or not."""
+    tree = json.loads(line)
+    turns = tuple(Turn(turn["user"], turn["reply"], turn.get("helpful", True)) for turn in tree["turns"])
+    return Example(Dialogue(turns, tree.get("system", "")), tree["source"], tree["row"])
+
+
+def hold_out(line: str) -> str:
+    """The line, marked."""
+    return line.removesuffix("}") + _HELD_OUT
+
+
+def is_held_out(line: str) -> bool:
+    """Whether the line is marked. The mark is the last key: no text of a dialogue can look like it."""
+    return line.rstrip("\n").endswith(_HELD_OUT)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a file that this program wrote, without their ends."""
+    with path.open(encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+        for line in file:
+            yield line.rstrip("\n")
+
+
+def read_examples(path: Path) -> Iterator[tuple[Example, bool]]:
+    """The examples of a mix, and whether each is held out."""
+    return ((from_line(line), is_held_out(line)) for line in read_lines(path))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write the file; under its name there is the whole of it or what was there before."""
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+            for line in lines:
+                file.write(f"{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_tree(path: Path, tree: Any) -> None:
+    """Write plain values as indented JSON, in the same way."""
+    write_lines(path, [json.dumps(tree, indent=2, ensure_ascii=False)])

@@ -1,0 +1,112 @@
+"""A tokenizer for a model that is trained from scratch: SentencePiece BPE of LLaMA's kind, made of a user's dialogues.
+
+As LLaMA's: byte fallback, digits apart, a leading space, no normalization, <unk> 0, <s> 1, </s> 2.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+from koala_local.errors import KoalaError
+
+from .example import Example
+from .sources import OWN, read_source
+
+_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "legacy": True,
+    "clean_up_tokenization_spaces": False,
+}
+_PRINTABLE = "".join(map(chr, (*range(0x21, 0x7F), *range(0xC0, 0x100)))) + "‘’“”–—…€"
+_LONGEST_LINE = 4096  # bytes; longer ones are cut: sentencepiece would leave them out
+
+
+class NewTokenizerError(KoalaError):
+    """A tokenizer that cannot be made of these texts."""
+
+
+def train_tokenizer(paths: Sequence[Path], size: int, out: Path, *, most: int = 200_000, seed: int = 42) -> int:
+    """Write the folder `out` with a tokenizer.model of `size` pieces and a tokenizer_config.json; return how many lines
+    it was made of: `most` of the files' dialogues, drawn by the seed. The same files and numbers give the same bytes.
+
+    Raises NewTokenizerError, and what reading the files raises."""
+    if out.exists():
+        raise NewTokenizerError(f"{str(out)!r} exists already", "give another name with -o")
+    lines = _sample(_lines(paths), most, seed)
+    if not lines:
+        raise NewTokenizerError("the files hold no dialogue", "give files of dialogues")
+    model = _train(lines, size)
+    partial = out.with_name(f".{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    _write(partial / "tokenizer.model", model)
+    _write(partial / "tokenizer_config.json", json.dumps(_CONFIG, indent=2).encode())
+    os.rename(partial, out)
+    return len(lines)
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[str]:
+    for found in read_source(OWN, paths, 0):
+        if isinstance(found, Example):
+            dialogue = found.dialogue
+            texts = [dialogue.system, *(text for turn in dialogue.turns for text in (turn.user, turn.reply or ""))]
+            for line in "\n".join(texts).splitlines():
+                if line.strip():
+                    yield line.encode()[:_LONGEST_LINE].decode(errors="ignore")
+
+
+def _sample(lines: Iterable[str], most: int, seed: int) -> list[str]:
+    """At most `most` of the lines, each with the same chance, in one pass."""
+    random, kept = Random(seed), []
+    for number, line in enumerate(lines):
+        if number < most:
+            kept.append(line)
+        elif (place := random.randrange(number + 1)) < most:
+            kept[place] = line
+    return kept
+
+
+def _train(lines: Sequence[str], size: int) -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=size,
+            byte_fallback=True,
+            split_digits=True,
+            required_chars=_PRINTABLE,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # its texts are C++ assertions
+        what = f"no tokenizer of {size} pieces can be made of {len(lines):,} lines"
+        raise NewTokenizerError(what, f"choose a smaller size, or more text ({str(error)[-120:].strip()})") from None
+    return model.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,98 @@
+"""Before any rank is started: the output folder is this run's, and the data lies there as a corpus."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from koala_local.errors import KoalaError
+
+from .build import build, choose_recipe
+from .corpus import open_corpus
+from .corpus_format import MANIFEST, Manifest
+from .mix import Tell
+from .recipe import Recipe
+
+CORPUS = "corpus"
+
+
+def check_output(out: Path, *, resume: bool) -> None:
+    """Raise KoalaError unless a run can begin, or with `resume` go on, in the folder."""
+    if (out / "config.json").exists() and resume:
+        raise KoalaError(f"the run in {str(out)!r} is finished", "train its checkpoint further with --base")
+    if out.exists() and not out.is_dir():
+        raise KoalaError(f"{str(out)!r} is a file", "give another name with -o")
+    if not resume and has_begun(out):
+        raise KoalaError(f"{str(out)!r} exists already", "give another name with -o, or go on with it: --resume")
+
+
+def has_begun(out: Path) -> bool:
+    """Whether the folder holds more than what lies there before the first step."""
+    return out.is_dir() and any(path.name != CORPUS and not path.name.startswith(".") for path in out.iterdir())
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """The folder, made if need be, for one process at a time: the first one prepares the data, the others find it.
+    Raises KoalaError when it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise KoalaError(f"{str(out)!r} cannot be written: {error.strerror}", "give another folder with -o") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def prepare(data: str, out: Path, tokenizer: Path, raw: Path | None, tell: Tell) -> Path:
+    """The folder of the corpus: `data` itself, or one made of it in `out`. Raises KoalaError, also when the one that a
+    begun run has was made of something else."""
+    if (Path(data) / MANIFEST).is_file():
+        return Path(data)
+    recipe = choose_recipe(data)
+    made = out / CORPUS
+    if made.exists():
+        changed = _change(open_corpus(made).manifest, recipe)
+        if not changed:
+            return made
+        if has_begun(out):
+            hint = "resume with what it was started with, or start a new run with another -o"
+            raise KoalaError(f"{changed} since the run in {str(out)!r} began", hint)
+    build(recipe, made, tokenizer, raw=raw, force=made.exists(), tell=tell)
+    return made
+
+
+def recipe_settings(corpus: Path) -> dict[str, Any]:
+    """The settings that a corpus's recipe proposes: its epochs, and the weights of its sources."""
+    recipe = open_corpus(corpus).manifest.recipe
+    sources = recipe.get("sources")
+    rules = sources.items() if isinstance(sources, dict) else ()
+    weights = {key: each["weight"] for key, each in rules if isinstance(each, dict) and each.get("weight", 1.0) != 1.0}
+    return {"weights": weights, **({"epochs": recipe["epochs"]} if "epochs" in recipe else {})}
+
+
+def _change(manifest: Manifest, recipe: Recipe) -> str:
+    """What of the recipe, or of a user's own files in it, is not as in the manifest; empty: nothing."""
+    now = json.loads(json.dumps(recipe.as_tree()))
+    for key in sorted({*now, *manifest.recipe}):
+        if now.get(key) != manifest.recipe.get(key):
+            return f"the recipe's {key} changed"
+    for key, rules in recipe.sources.items():
+        for path in rules.files:
+            if manifest.inputs.get(f"{key}/{path.name}") != _hash(path):
+                return f"{str(path)!r} changed"
+    return ""
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise KoalaError(f"{str(path)!r} cannot be read: {error.strerror}", "check the path") from None

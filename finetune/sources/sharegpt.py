@@ -1,0 +1,53 @@
+"""ShareGPT: conversations with ChatGPT that people shared, as they were copied from its page."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from koala_local.dialogue import Dialogue
+
+from .fields import Message, Role, has_keys, items, paired, text
+from .source import BadRow, Source
+
+_ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_COPY_BUTTON = "\nCopy code\n"  # of the page's code blocks
+
+
+def messages(row: Any) -> list[Message]:
+    """The messages of a row. Raises BadRow."""
+    found: list[Message] = []
+    for message in items(row, "conversations"):
+        role = _ROLES.get(text(message, "from"))
+        if role is None:
+            raise BadRow("an unknown role")
+        found.append((role, text(message, "value")))
+    return found
+
+
+def dialogues(row: Any, random: Random) -> list[Dialogue]:
+    """The conversation, without the button's text in replies."""
+    said = [
+        (role, value.replace(_COPY_BUTTON, "\n\n") if role == "assistant" else value) for role, value in messages(row)
+    ]
+    return [paired(said)]
+
+
+SHAREGPT = Source(
+    key="sharegpt",
+    title="ShareGPT",
+    schema='an array of {"id", "conversations": [{"from": "human" or "gpt", "value"}]}',
+    licence="apache-2.0, by its tag",
+    published=30_000,
+    files=("ShareGPT_V3_unfiltered_cleaned_split.json",),
+    repository="anon8231489123/ShareGPT_Vicuna_unfiltered",
+    fits=has_keys("conversations"),
+    dialogues=dialogues,
+)

@@ -1,0 +1,201 @@
+"""Dialogues into token ids, with what is trained on marked: the ids are those that chat gives to the same dialogue.
+
+Every field of the prompt format is tokenized on its own. Loss is on a reply's tokens and on the control token that
+closes it. Nothing in a dialogue becomes a control token, whatever it spells.
+
+Both readers are this program's own (sentencepiece, or tokenizers with special tokens unparsed), so what transformers
+makes of a tokenizer does not matter here: a byte-level one keeps its spaces, and a format's spaced reply gets one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from koala_local.dialogue import BOS, EOS, KOALA, Control, Dialogue, PromptFormat, Reply, Segment, Text, Turn
+from koala_local.engine.base import Engine, Vocabulary
+from koala_local.engine.gptq_tokenizer import Expected, GptqTokenizer
+from koala_local.engine.plain_text import PlainText
+from koala_local.errors import KoalaError
+from koala_local.models.json_file import read_optional
+
+_MOST_TOKENS = 280_000  # of any vocabulary; the largest have 262 145
+_SUFFIXES = {".model": "tokenizer.model", ".json": "tokenizer.json"}
+
+
+class TokenizerError(KoalaError):
+    """A tokenizer that is missing, or not fit to train the model with."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedDialogue:
+    """A dialogue as tokens. Turn i lies in `ids` from prompts[i] to prompts[i + 1], the last one to the end; its reply
+    begins at replies[i]. What is before prompts[0] belongs to all turns: BOS, the format's header and the system text.
+    """
+
+    ids: list[int]
+    trained: bytearray  # of each token: 1 where there is loss on it
+    prompts: list[int]
+    replies: list[int]
+
+
+class DialogueTokenizer:
+    """Writes dialogues in one format with one tokenizer. Pickles as its path: the file is read again."""
+
+    def __init__(self, path: Path, vocabulary_size: int | None = None, format: PromptFormat = KOALA) -> None:
+        """`path`: a checkpoint folder, a tokenizer.model or a tokenizer.json. `vocabulary_size`: the rows of the
+        model's embedding, where known. Raises TokenizerError, or ModelFileError for a damaged file."""
+        self.path, self.format = path, format
+        tokenizer = _read(path)
+        self.vocabulary: Vocabulary = tokenizer.vocabulary
+        self.size = self.vocabulary.size  # tokens, counted to the highest id
+        self.key = self.vocabulary.key  # equal for tokenizers that give the same ids, whatever rows the model adds
+        self._pieces, self._tokenize = tokenizer.pieces, tokenizer.tokenize
+        # PlainText asks an engine for nothing but these two: `tokenize` and `vocabulary`.
+        self._content = PlainText(cast(Engine, tokenizer), format.markers)
+        self._header = lru_cache(maxsize=64)(self._find_header)
+        _check_special(self.vocabulary, path)
+        if vocabulary_size is not None:
+            check_matches(self, vocabulary_size)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.path, self.format)
+
+    @property
+    def bos(self) -> int:
+        return cast(int, self.vocabulary.bos)
+
+    @property
+    def eos(self) -> int:
+        return cast(int, self.vocabulary.eos)
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of a token, possibly half a character; empty for a control token."""
+        return self._pieces[token]
+
+    def encode(self, dialogue: Dialogue) -> TokenizedDialogue:
+        """The dialogue's tokens. Where the last turn has no reply they end where it would begin."""
+        found = self._encode(dialogue)
+        if found.prompts:
+            header = self._header(dialogue.system)
+            fits = tuple(found.ids[: len(header)]) == header
+            found.prompts[0] = len(header) if fits else self._leading_controls(dialogue)
+        return found
+
+    def _encode(self, dialogue: Dialogue) -> TokenizedDialogue:
+        """As `encode`, the header counted to the first turn."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        prompts, replies = [0], []
+        after_reply = False
+        for segment in self.format.segments(dialogue):
+            start = len(ids)
+            ids += self._ids(segment)
+            if isinstance(segment, Reply):
+                replies.append(start)
+                spans.append((start, len(ids)))
+                prompts.append(len(ids))
+            elif after_reply and isinstance(segment, Control):  # it closes the reply, and is learned with it
+                spans.append((start, len(ids)))
+                prompts[-1] = len(ids)
+            after_reply = isinstance(segment, Reply)
+        trained = bytearray(len(ids))
+        for start, end in spans:
+            trained[start:end] = b"\1" * (end - start)
+        if len(replies) < len(dialogue.turns):
+            replies.append(len(ids))
+        return TokenizedDialogue(ids, trained, prompts[: len(dialogue.turns)], replies)
+
+    def _ids(self, segment: Segment) -> Sequence[int]:
+        match segment:
+            case Control():
+                return self._control_ids(segment)
+            case Text():
+                return self._content.ids(segment.text)
+            case Reply():
+                if segment.spaced and not self.vocabulary.adds_space:
+                    return self._content.ids(f" {segment.text}")
+                return self._content.ids(segment.text, continues=not segment.spaced)
+
+    def _control_ids(self, control: Control) -> Sequence[int]:
+        vocabulary = self.vocabulary
+        if control == BOS:
+            return (self.bos,) if vocabulary.add_bos else ()
+        if control == EOS:
+            return (self.eos,)
+        token = vocabulary.control.get(control.text, vocabulary.user_defined.get(control.text))
+        return (token,) if token is not None else self._tokenize(control.text)
+
+    def _find_header(self, system: str) -> tuple[int, ...]:
+        """What a first turn has before it that a later one has not; where the two do not differ by whole tokens, the
+        control tokens at the start."""
+        whole = Turn("x", "x")
+        first = self._encode(Dialogue((Turn("x"),), system)).ids
+        before = self._encode(Dialogue((whole,), system)).ids
+        later = self._encode(Dialogue((whole, Turn("x")), system)).ids[len(before) :]
+        if first[len(first) - len(later) :] == later:
+            return tuple(first[: len(first) - len(later)])
+        return tuple(first[: self._leading_controls(Dialogue((whole,), system))])
+
+    def _leading_controls(self, dialogue: Dialogue) -> int:
+        count = 0
+        for segment in self.format.segments(dialogue):
+            if not isinstance(segment, Control):
+                break
+            count += len(self._control_ids(segment))
+        return count
+
+
+def check_matches(tokenizer: DialogueTokenizer, vocabulary_size: int) -> None:
+    """Raises TokenizerError when the model has no row for some token of the tokenizer."""
+    if tokenizer.size > vocabulary_size:
+        what = f"the tokenizer has {tokenizer.size} tokens, the model's embedding {vocabulary_size} rows"
+        raise TokenizerError(what, "they are not of one model: give the tokenizer that came with the checkpoint")
+
+
+@lru_cache(maxsize=4)
+def _again(path: Path, format: PromptFormat) -> DialogueTokenizer:
+    return DialogueTokenizer(path, None, format)
+
+
+def _read(path: Path) -> GptqTokenizer:
+    if path.is_dir():
+        if not any((path / name).is_file() for name in _SUFFIXES.values()):
+            what = f"the base {str(path)!r} has no tokenizer (tokenizer.model or tokenizer.json)"
+            raise TokenizerError(what, "copy the tokenizer that belongs to this model into the folder")
+        return _read_folder(path)
+    if not path.is_file() or path.suffix not in _SUFFIXES:
+        what = "is no tokenizer.model and no tokenizer.json" if path.exists() else "does not exist"
+        raise TokenizerError(f"{str(path)!r} {what}", "give a checkpoint folder, or the file of a tokenizer")
+    with TemporaryDirectory() as folder:
+        shutil.copyfile(path, Path(folder, _SUFFIXES[path.suffix]))
+        return _read_folder(Path(folder))
+
+
+def _read_folder(folder: Path) -> GptqTokenizer:
+    """The tokenizer with as many tokens as it has itself."""
+    config = read_optional(folder / "config.json")
+    bos, *_ = *_numbers(config.get("bos_token_id")), None
+    eos = _numbers(config.get("eos_token_id"))
+    tokenizer = GptqTokenizer(folder, Expected(_MOST_TOKENS, bos, eos))
+    vocabulary = tokenizer.vocabulary
+    named = {*vocabulary.control.values(), *vocabulary.user_defined.values(), vocabulary.unknown or 0}
+    spelled = (id_ for id_ in range(_MOST_TOKENS - 1, -1, -1) if tokenizer.pieces[id_])
+    return GptqTokenizer(folder, Expected(1 + max(next(spelled, 0), *named), bos, eos))
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    return tuple(number for number in values if type(number) is int and number >= 0)
+
+
+def _check_special(vocabulary: Vocabulary, path: Path) -> None:
+    for name, token in (("BOS", vocabulary.bos), ("EOS", vocabulary.eos)):
+        if token is None or token >= vocabulary.size:
+            what = f"the tokenizer of {str(path)!r} names no {name} token"
+            raise TokenizerError(what, "add bos_token and eos_token to its tokenizer_config.json")

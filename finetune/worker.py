@@ -1,0 +1,232 @@
+"""What each rank does from its start to the exported model. All data is prepared before, so that nobody waits at a
+meeting of ranks for longer than torch does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from koala_local.errors import KoalaError, OutOfMemoryError
+
+from .checkpoint import Checkpoints, Saved, latest
+from .corpus import Corpus, open_corpus
+from .evaluate import evaluate, held_out
+from .finish import finish
+from .job import Job
+from .launch import MEETING_FILE, Rank, current_rank
+from .live_views import TrainingView
+from .model import base_config, build, compute_dtype, shape_config
+from .optimizer import build_optimizer
+from .packing import PackPlan, make_plan
+from .run_log import RunLog
+from .settings import Settings, as_tree, differences, settings_from
+from .throughput import Numbers, known_gpu, utilization, work_of
+from .tokens import DialogueTokenizer, check_matches
+from .train import Run, Step, restore, train
+
+CHECKPOINTS = "checkpoints"
+_EVALUATED = 256  # held-out dialogues of each source
+_SHOWN = 12  # dialogues that a message names
+
+
+def work(job: Job) -> int:
+    """Train and export; the exit status: 0, or 128 and the number of the signal that stopped it. Raises KoalaError."""
+    try:
+        with _joined(job) as (rank, device), _stops() as received:
+            return _work(job, rank, device, received)
+    except torch.OutOfMemoryError as error:
+        what = f"the GPU's memory is full: {str(error).splitlines()[0]}"
+        raise OutOfMemoryError(what, "try recompute=full or micro_batch=1, and see --plan") from None
+
+
+def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> int:
+    settings = job.settings
+    tokenizer = DialogueTokenizer(job.tokenizer)
+    corpus = open_corpus(job.corpus, tokenizer.key)
+    plan = make_plan(
+        corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
+    )
+    _check_agreement(rank, {"the data": plan.key, "the settings": json.dumps(as_tree(settings))})
+    total = min(plan.steps(settings.global_batch), settings.max_steps or plan.steps(settings.global_batch))
+    saved = latest(job.out / CHECKPOINTS) if job.resume else None
+    if saved:
+        check_resumable(saved, settings, plan.key)
+    run = _build(job, rank, device, plan, total, tokenizer)
+    if saved:
+        restore(run, saved)
+    run.stops = lambda: received
+    with ExitStack() as stack:
+        log, view = None, None
+        if rank.first:
+            log = RunLog(job.out, after=run.done, settings=as_tree(settings))
+            stack.callback(log.close)
+            view = stack.enter_context(TrainingView(total, run.done, job.price))
+        run.tell = _teller(log, view)
+        run.evaluate = _evaluator(run, corpus, tokenizer, log, view)
+        stop = train(run)
+    if stop:
+        return 128 + stop
+    finish(job, run, plan, tokenizer)
+    return 0
+
+
+def _build(job: Job, rank: Rank, device: torch.device, plan: PackPlan, total: int, tokenizer: DialogueTokenizer) -> Run:
+    """The run before its first step."""
+    settings = job.settings
+    if job.base:
+        config = base_config(job.base, settings.sequence_length)
+        check_matches(tokenizer, config.vocab_size)
+    else:
+        assert settings.model
+        config = shape_config(settings.model, tokenizer.size)
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    trainee = build(config, job.base, settings, device=device, mesh=_mesh(settings, rank, device))
+    return Run(
+        trainee=trainee,
+        optimizer=build_optimizer(trainee, settings),
+        plan=plan,
+        settings=settings,
+        total_steps=total,
+        rank=rank,
+        device=device,
+        checkpoints=Checkpoints(job.out / CHECKPOINTS, settings.keep),
+        tell=lambda _: None,
+        evaluate=lambda _: None,
+        mfu=_mfu(Numbers.of(config), settings, device, rank.world_size),
+        name_rows=lambda rows: _origin(plan, rows),
+    )
+
+
+def _origin(plan: PackPlan, rows: Sequence[int] | NDArray[np.int64]) -> str:
+    """Where rows come from, in words that lead there."""
+    pieces = [plan.contents[plan.offsets[row] : plan.offsets[row + 1]] for row in rows]
+    dialogues = np.unique(plan.pieces.document[np.concatenate(pieces)]).tolist() if pieces else []
+    more = f" and {len(dialogues) - _SHOWN} more" if dialogues[_SHOWN:] else ""
+    shown = ", ".join(map(str, dialogues[:_SHOWN])) + more
+    where = f"koala data inspect {plan.corpus.folder} --index N"
+    return f"row {', '.join(map(str, rows))} of the plan, dialogues {shown} of the corpus ({where} shows them)"
+
+
+def _evaluator(
+    run: Run, corpus: Corpus, tokenizer: DialogueTokenizer, log: RunLog | None, view: TrainingView | None
+) -> Callable[[int], None]:
+    plans = held_out(corpus, run.settings.sequence_length, most=_EVALUATED)
+
+    def look(step: int) -> None:
+        found = evaluate(
+            run.trainee,
+            plans,
+            micro_batch=run.settings.micro_batch,
+            rank=run.rank,
+            device=run.device,
+            tokenizer=tokenizer,
+        )
+        if log and view:
+            log.event("evaluation", step, found.values())
+            if found.losses:
+                view.note(f"step {step}: perplexity of held-out dialogues {found.overall.perplexity:.3f}")
+
+    return look
+
+
+def check_resumable(saved: Saved, settings: Settings, plan_key: str) -> None:
+    """Raise KoalaError, saying what, when something changed that decides the numbers of the run."""
+    changed = differences(settings_from(saved.about["settings"]), settings)
+    if not changed and saved.about["plan"] != plan_key:
+        changed = ["the data, its recipe or the tokenizer are others"]
+    if changed:
+        what = f"{str(saved.folder)!r} is of a run with other settings: {'; '.join(changed)}"
+        raise KoalaError(what, "resume with what it was started with, or start a new run with another -o")
+
+
+def _mesh(settings: Settings, rank: Rank, device: torch.device) -> DeviceMesh | None:
+    """The ranks to shard over. One rank needs it only to compute in another type than that of the masters."""
+    master = getattr(torch, settings.master_dtype)
+    if rank.world_size == 1 and compute_dtype(settings, device) == master:
+        return None
+    return init_device_mesh(device.type, (rank.world_size,))
+
+
+def _mfu(numbers: Numbers, settings: Settings, device: torch.device, ranks: int) -> Callable[[float], float | None]:
+    gpu = known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if gpu is None:
+        return lambda _: None
+    each = work_of(numbers, settings)
+    return lambda speed: utilization(speed, each, gpu.peak, ranks)
+
+
+def _teller(log: RunLog | None, view: TrainingView | None) -> Callable[[Step], None]:
+    def tell(step: Step) -> None:
+        if log and view:
+            log.step(step)
+            view.step(step)
+
+    return tell
+
+
+@contextmanager
+def _joined(job: Job) -> Iterator[tuple[Rank, torch.device]]:
+    """Meet the other ranks. Alone, too: then no address is taken."""
+    rank = current_rank()
+    device = torch.device("cpu")
+    if job.gpus:
+        device = torch.device("cuda", rank.local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if job.gpus else "gloo"
+    store: Store | None = None
+    if rank.world_size == 1:
+        store = HashStore()
+    elif meeting := os.environ.get(MEETING_FILE):
+        store = FileStore(meeting, rank.world_size)
+    dist.init_process_group(backend, store=store, rank=rank.number, world_size=rank.world_size)
+    try:
+        yield rank, device
+    except BaseException:
+        if rank.world_size == 1:  # else another rank may never take part in it
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _stops() -> Iterator[list[int]]:
+    """The list of SIGINT and SIGTERM received. Only the first one of them is kept from ending the process."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def remember(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, remember) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_agreement(rank: Rank, here: Mapping[str, str]) -> None:
+    """Raise KoalaError unless all ranks are about to do the same."""
+    everyone: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(everyone, dict(here))
+    for what, value in everyone[0].items():
+        for number, there in enumerate(everyone):
+            if there[what] != value:
+                hint = "start koala finetune with the same options and the same data on every machine"
+                raise KoalaError(f"{what} of rank {number} differ from those of rank 0", hint)

@@ -1,0 +1,205 @@
+"""`koala pull`, `koala list` and `koala rm`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from koala_local import console
+from koala_local.errors import KoalaError, ModelFileError
+
+if TYPE_CHECKING:
+    from koala_local.models.pull import Offer
+    from koala_local.models.reference import HubReference
+    from koala_local.models.store import Known
+
+_FITS = {True: "yes", False: "no", None: "?"}
+
+
+@click.command(short_help="Download a model, or register one of your own.")
+@click.argument("reference", metavar="REF")
+@click.option("--list", "only_list", is_flag=True, help="Only show which types there are.")
+def pull(reference: str, only_list: bool) -> None:
+    """Get the model REF: an alias such as koala-13b, or OWNER/REPO[:TYPE or :FILE][@REVISION] on the Hugging Face hub.
+
+    Without a type the best one that fits this machine is taken. A path registers a model of your own instead.
+    """
+    from koala_local.models import resolve, store
+
+    path, wanted = resolve.expanded(reference), resolve.hub_reference(reference)
+    found: Path | None = path
+    if resolve.has_model(path):
+        for model in store.register(path):
+            console.note(f"registered {model.reference}: koala chat {model.reference}")
+    elif wanted is not None:
+        found = fetch(reference, wanted, only_list=only_list)
+    elif ":" in reference or "@" in reference:
+        hint = "a name is OWNER/REPO[:TYPE or :FILE][@REVISION]"
+        raise ModelFileError(f"{reference!r} names no model on the hub", hint)
+    else:
+        found = resolve.resolve(reference, None)  # a registered one, or an error that says what is nearest
+    if found:
+        console.out(str(found))
+
+
+def fetch(text: str, wanted: HubReference, *, only_list: bool = False) -> Path | None:
+    """Download the model that the user calls `text`, saying what and how much. Raises KoalaError.
+
+    Where the hub cannot be reached, what is in the cache is good enough."""
+    from koala_local.models import cache
+    from koala_local.models.fits import fits_here
+    from koala_local.models.hub import UnreachableError
+    from koala_local.models.pull import bring, look
+
+    fits = fits_here()
+    try:
+        offer = look(wanted, fits)
+    except UnreachableError as error:
+        found = None if only_list else cache.find(wanted)
+        if found is None:
+            raise
+        console.warn(f"{error.message}; {text} is in the cache already")
+        return found
+    if only_list or wanted.choice is None:
+        console.note(_table(offer, {variant.size: fits(variant.size) for variant in offer.found}))
+    if only_list:
+        return None
+    chosen = offer.chosen
+    if fits(chosen.size) is False:
+        console.warn(f"{chosen.choice} takes {_bytes(chosen.size)}, more than fits this machine well")
+    console.note(_announcement(offer))
+    with console.progress("downloading", "B") as step:
+        return bring(offer, step)
+
+
+def _table(offer: Offer, fits: dict[int, bool | None]) -> str:
+    rows = [["", "TYPE", "SIZE", "FITS", "FILE"]]
+    for variant in offer.found:
+        parts = f" and {len(variant.files) - 1} more" if len(variant.files) > 1 else ""
+        mark = "->" if variant == offer.chosen else ""
+        file = variant.name or variant.files[0].name
+        rows.append([mark, variant.type or "?", _bytes(variant.size), _FITS[fits[variant.size]], f"{file}{parts}"])
+    return _columns(rows)
+
+
+def _announcement(offer: Offer) -> str:
+    what = f"{offer.repository.name}:{offer.chosen.choice} at {offer.repository.commit[:12]}"
+    missing, size = offer.missing, offer.chosen.size
+    if not missing:
+        return f"{what}, {_bytes(size)}: all of it is here"
+    rest = f", of which {_bytes(missing)} are missing" if missing < size else ""
+    return f"downloading {what}, {_bytes(size)}{rest}"
+
+
+@click.command("list", short_help="List the models that are here.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def list_models(as_json: bool) -> None:
+    """The models that are here: the bundled one, registered ones, and those in the Hugging Face cache.
+
+    The first column is what the other commands take.
+    """
+    from koala_local.models import store
+
+    rows = [["MODEL", "SIZE", "TYPE", "CONTEXT", "LAST USED"]]
+    for model in store.known():
+        about = store.details(model) if model.size is not None else store.Details("", None, "it is gone")
+        if as_json:
+            console.json_line(_as_json(model, about))
+            continue
+        size = _bytes(model.size) if model.size is not None else "gone"
+        context = str(about.context or "?") if not about.problem or model.size is None else "damaged"
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.used)) if model.used else "-"
+        rows.append([model.reference, size, about.type or "?", context, used])
+    if not as_json:
+        console.out(_columns(rows))
+
+
+def _as_json(model: Known, about: object) -> dict[str, object]:
+    from koala_local.models.store import Details
+
+    assert isinstance(about, Details)
+    return {
+        "model": model.reference,
+        "path": str(model.path),
+        "origin": model.origin,
+        "repository": model.repository,
+        "size": model.size,
+        "type": about.type,
+        "context": about.context,
+        "last_used": model.used,
+        "problem": about.problem or None,
+    }
+
+
+@click.command("rm", short_help="Remove a model from the cache, or forget one of your own.")
+@click.argument("reference", metavar="REF")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+def remove(reference: str, yes: bool) -> None:
+    """Remove the model REF from the Hugging Face cache, which other programs use too.
+
+    OWNER/REPO without a type means all of its types. A registered file or folder is only forgotten; it stays.
+    """
+    from koala_local.models import resolve, store
+
+    if reference == store.BUNDLED:
+        raise KoalaError("the bundled model belongs to the program", "uninstall koala to remove it")
+    registered = _registered(reference)
+    if registered is not None:
+        store.unregister(registered)
+        console.note(f"forgot {registered}; the files stay where they are")
+        return
+    wanted = resolve.hub_reference(reference)
+    if wanted is None:
+        raise ModelFileError(f"{reference!r} is neither registered nor in the cache", "`koala list` shows what is")
+    _remove_cached(reference, wanted, yes)
+
+
+def _registered(reference: str) -> Path | None:
+    """The registered file or folder that is meant, by its path or its name."""
+    from koala_local.models import resolve, store
+
+    paths = store.registered_paths()
+    path = resolve.expanded(reference)
+    if path in paths:
+        return path
+    if resolve.hub_reference(reference) is not None:  # as everywhere: an alias means the hub's model
+        return None
+    return next((path for path in paths if reference.lower() in (path.name.lower(), path.stem.lower())), None)
+
+
+def _remove_cached(text: str, wanted: HubReference, yes: bool) -> None:
+    from koala_local.models import store
+    from koala_local.models.pull import remove as remove_from_cache
+
+    gone = [model for model in store.known() if model.repository == wanted.repository and _is_meant(model, wanted)]
+    what = ", ".join(f"{model.reference} ({_bytes(model.size or 0)})" for model in gone) or f"what is left of {text}"
+    if not yes:
+        if not (sys.stdin and sys.stdin.isatty()):
+            raise KoalaError(f"{what} would be removed", f"koala rm {text} --yes does it without asking")
+        if not click.confirm(f"Remove {what}?", err=True):
+            console.note("nothing is removed")
+            return
+    freed = remove_from_cache(wanted)
+    for model in gone:
+        if not model.path.exists():
+            store.forget(model.path)
+    console.note(f"removed {what}; {_bytes(freed)} are free again")
+
+
+def _is_meant(model: Known, wanted: HubReference) -> bool:
+    choice = (wanted.choice or "").lower()
+    return not choice or choice in (model.type.lower(), model.path.name.lower())
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _columns(rows: list[list[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(row).rstrip() for row in padded)

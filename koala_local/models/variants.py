@@ -1,0 +1,137 @@
+"""Which files of a repository make a model, and which of several such models to take. The same for the hub's listing
+and for what lies in the cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from koala_local.errors import ModelFileError
+from koala_local.models.quant_types import rank, type_in_name
+
+Fits = Callable[[int], bool | None]  # whether a model whose files have this size runs well here; None: not known
+
+FOLDER_TYPES = ("GPTQ", "SAFETENSORS")
+_FOLDER_FILES = (
+    *("config.json", "quantize_config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "*.safetensors"),
+)
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
+_NO_MODEL = ("mmproj", "imatrix")  # GGUF files that are parts of something else
+_SHOWN = 12
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A file of a repository. `oid`: its SHA-256, or git's SHA-1 of small ones; "" where it is not known."""
+
+    name: str
+    size: int
+    oid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Files that are one model: a GGUF, the parts of a split one, or those of a GPTQ folder."""
+
+    type: str  # "Q4_K_M", "GPTQ", ..; "" where the name says nothing
+    files: tuple[File, ...]
+
+    @property
+    def is_folder(self) -> bool:
+        return self.type in FOLDER_TYPES
+
+    @property
+    def name(self) -> str:
+        """The file to open; "" for a folder."""
+        return "" if self.is_folder else self.files[0].name
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def choice(self) -> str:
+        """What stands behind the colon to mean this one."""
+        return self.type or self.name
+
+
+def variants(files: Iterable[File]) -> list[Variant]:
+    """The models among `files`, smallest first. A split GGUF with a part missing is none."""
+    files = sorted(files, key=lambda file: file.name)
+    ggufs = [file for file in files if is_model_name(file.name)]
+    found = _single(ggufs) + _split(ggufs)
+    return sorted(found, key=lambda variant: variant.size) or _folder(files)
+
+
+def is_model_name(name: str) -> bool:
+    lowered = name.lower()
+    return lowered.endswith(".gguf") and not any(word in lowered for word in _NO_MODEL)
+
+
+def is_folder_file(name: str) -> bool:
+    """Whether a GPTQ or safetensors model is read from this file, too. Nothing with code in it is."""
+    return any(fnmatchcase(name, pattern) for pattern in _FOLDER_FILES) and "/" not in name
+
+
+def _single(ggufs: Sequence[File]) -> list[Variant]:
+    return [Variant(type_in_name(file.name), (file,)) for file in ggufs if not _SPLIT.fullmatch(file.name)]
+
+
+def _split(ggufs: Sequence[File]) -> list[Variant]:
+    groups: dict[tuple[str, str], list[tuple[int, File]]] = {}
+    for file in ggufs:
+        if match := _SPLIT.fullmatch(file.name):
+            groups.setdefault((match["stem"], match["parts"]), []).append((int(match["part"]), file))
+    found = []
+    for (stem, parts), members in groups.items():
+        if [number for number, _ in members] == list(range(1, int(parts) + 1)):
+            found.append(Variant(type_in_name(stem), tuple(file for _, file in members)))
+    return found
+
+
+def _folder(files: Sequence[File]) -> list[Variant]:
+    names = {file.name for file in files}
+    wanted = tuple(file for file in files if is_folder_file(file.name))
+    if "config.json" not in names or not any(file.name.endswith(".safetensors") for file in wanted):
+        return []
+    return [Variant("GPTQ" if "quantize_config.json" in names else "SAFETENSORS", wanted)]
+
+
+def choose(found: Sequence[Variant], choice: str | None, fits: Fits, where: str) -> Variant:
+    """The variant that `choice` names; without one, the best (see PREFERENCE) of those that fit, of those of which
+    nobody knows, else the smallest. Raises ModelFileError that says what there is instead."""
+    if choice is None:
+        return _best(found, fits)
+    wanted = choice.lower()
+    matching = [variant for variant in found if variant.type.lower() == wanted]
+    if not matching:
+        matching = [variant for variant in found if any(_names(file.name, wanted) for file in variant.files)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        names = ", ".join(variant.name for variant in matching[:_SHOWN])
+        raise ModelFileError(f"{where} has several files of type {choice}", f"name one of them: {names}")
+    raise ModelFileError(f"{where} has no {choice!r}", f"it has {listed(found)}")
+
+
+def _names(name: str, wanted: str) -> bool:
+    return wanted in (name.lower(), name.lower().rpartition("/")[2])
+
+
+def _best(found: Sequence[Variant], fits: Fits) -> Variant:
+    ordered = sorted(found, key=lambda variant: (rank(variant.type), variant.size))
+    answers = [fits(variant.size) for variant in ordered]
+    for wanted in (True, None):
+        if wanted in answers:
+            return ordered[answers.index(wanted)]
+    return min(found, key=lambda variant: variant.size)
+
+
+def listed(found: Sequence[Variant]) -> str:
+    names = [variant.choice for variant in found]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

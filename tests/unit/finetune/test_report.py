@@ -1,0 +1,91 @@
+"""What a report counts, and how it is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from koala_local.finetune.data_views import dialogue_view, report_view
+from koala_local.finetune.example import Example
+from koala_local.finetune.mix import LISTED, Tally
+from koala_local.finetune.mix_file import from_line, hold_out, is_held_out, to_line
+from koala_local.finetune.raw_files import Skipped
+from koala_local.finetune.recipe import Recipe, SourceRules
+from koala_local.finetune.report import EDGES, length_report, source_report, whole_report
+from koala_local.finetune.report_plots import write_plots
+from koala_local.finetune.sources import SOURCES
+
+from koala_local import console
+from koala_local.dialogue import Dialogue, Turn
+
+
+def report(*, test_sets: bool = True, unhelpful: int = 0) -> dict[str, Any]:
+    tally = Tally(rows=10, examples=8, kept=5, held_out=1, turns=7, unhelpful=unhelpful)
+    tally.skip(Skipped("a.json[3]", "not valid JSON"))
+    tally.remove("a.json[4]", "near")
+    lengths = np.array([3, 9, 40, 40, 70_000])
+    source = source_report(SOURCES["webgpt"], tally, lengths, 50, [{"file": "a.json", "sha256": "0"}])
+    sets = [{"file": "t.jsonl", "sha256": "1", "queries": 2}] if test_sets else []
+    return whole_report(Recipe("mine", {"webgpt": SourceRules()}), {"webgpt": source}, sets, lengths, "t.model")
+
+
+def test_lengths() -> None:
+    found = length_report(np.array([1, 8, 9, 15, 16, 100, 1 << 20]))
+    assert sum(found["histogram"]) == 7
+    assert found["histogram"][:2] == [4, 1] and found["histogram"][-1] == 1  # the ends hold what is beyond them
+    assert (found["quantiles"]["0.5"], found["longest"]) == (15, 1 << 20)
+    assert length_report(np.array([], np.int64))["histogram"] == [0] * len(EDGES)
+
+
+def test_totals() -> None:
+    total = report()["total"]
+    assert (total["rows"], total["kept"], total["skipped"], total["tokens"]) == (10, 5, 1, 70_092)
+    assert total["removed"]["near"] == 1
+    assert report()["sources"]["webgpt"]["published"] == 20_000
+    assert report(unhelpful=2)["sources"]["webgpt"]["published"] == 40_000  # of pairs, both are counted
+
+
+def test_the_view_has_it_all() -> None:
+    text = " ".join(console.as_text(report_view(report())).split())
+    assert "WebGPT comparisons 20,000 10 8 5 1 7" in text
+    assert "Held against the test sets t.jsonl (2 queries)." in text
+    assert "Unusable, not valid JSON, 1: a.json[3]." in text
+    assert "NOT DECONTAMINATED" in console.as_text(report_view(report(test_sets=False)))
+
+
+def test_no_line_is_too_wide() -> None:
+    assert max(map(len, console.as_text(report_view(report())).splitlines())) <= 100
+
+
+def test_plots_of_any_report(tmp_path: Path) -> None:
+    assert len(write_plots(report(), tmp_path)) == 3
+    empty = whole_report(Recipe("none", {}), {}, [], np.array([], np.int64), "t")
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in write_plots(empty, tmp_path))
+
+
+def test_lists_are_short_and_counts_are_not() -> None:
+    tally = Tally()
+    for number in range(3 * LISTED):
+        tally.skip(Skipped(f"a:{number}", "a tie"))
+        tally.remove(f"b:{number}", "keyword")
+    assert (tally.skipped["a tie"], tally.removed["keyword"]) == (3 * LISTED, 3 * LISTED)
+    assert (len(tally.skipped_rows), len(tally.removed_rows)) == (LISTED, LISTED)
+
+
+def test_brackets_or_colours() -> None:
+    runs = [("<s> USER: hi GPT:", False), (" hello</s>", True)]
+    assert dialogue_view(runs, coloured=False).plain == "<s> USER: hi GPT:⟦ hello</s>⟧"
+    coloured = dialogue_view(runs, coloured=True)
+    assert coloured.plain == "<s> USER: hi GPT: hello</s>"
+    assert [str(span.style) for span in coloured.spans] == ["bright_black", "green"]
+
+
+def test_lines_hold_any_text() -> None:
+    for text in ("a\u2028b\nc\x85", '", "held_out": true}', "\x00\x1b", '{"user": ', "é😀"):
+        example = Example(Dialogue((Turn(text, text, False), Turn("x", text)), text), "hh", "a:1")
+        line = to_line(example)
+        assert len(line.splitlines()) == 1 or "\x85" in text
+        assert "\n" not in line and from_line(line) == example == from_line(hold_out(line))
+        assert is_held_out(hold_out(line)) and not is_held_out(line)
+        assert line.count('{"user": ') == 2

@@ -240,6 +240,7 @@ def _quantize_gguf(
         sample=held,
         calibration=calibrated,
         notes=made.notes,
+        kernels=made.kernels,
     )
 
 

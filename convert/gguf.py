@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,9 +31,12 @@ from numpy.typing import NDArray
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 
+from . import ggml
 from .architecture import Checkpoint
+from .ggml import row_size
 from .gguf_layout import PlannedTensor, plan_tensors, rope_notes, write_metadata
-from .kquants import BASE_TYPES, block_size, checked_importance, quantize_rows, row_size
+from .kernels import Kernel, choose_kernels, notes_of
+from .kquants import BASE_TYPES, block_size, checked_importance, quantize_rows
 from .vocabulary import Vocabulary
 
 IN_FLIGHT_BYTES = 384 * 2**20
@@ -61,6 +64,7 @@ class Report:
     bits_per_weight: float
     types: Mapping[str, str]
     notes: tuple[str, ...]
+    kernels: tuple[str, ...] = ()  # what packed the types that take a search: "Q4_K: ..."
 
 
 def write_gguf(
@@ -87,20 +91,21 @@ def write_gguf(
     plan = plan_tensors(source, kind, overrides, importance=importance is not None)
     _check_rows(plan, vocabulary)
     matched = _matching_importance(plan, importance or {})
+    kernels = choose_kernels(_weights_by_type(plan, matched))
     with _partial_file(out) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
         write_metadata(writer, source.config, vocabulary, kind, name=source.config.name or out.stem)
         size = _write_head(writer, plan, partial)
         assert writer.fout is not None
         with writer.fout[0] as file:
-            pipeline = _Pipeline(source, matched, threads or os.cpu_count() or 1)
+            pipeline = _Pipeline(source, matched, kernels, threads or os.cpu_count() or 1)
             pipeline.run(plan, file, progress)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, out)
     _sync_folder(out.parent)
     notes = (*vocabulary.notes, *_notes(plan, source.config, kind, matched, importance))
-    return _report(out, kind, size, plan, notes)
+    return _report(out, kind, size, plan, notes, notes_of(kernels))
 
 
 def _check_rows(plan: Sequence[PlannedTensor], vocabulary: Vocabulary) -> None:
@@ -184,6 +189,20 @@ def _tensor_bytes(tensor: PlannedTensor) -> int:
     return rows * row_size(tensor.type, tensor.shape[-1])
 
 
+def _total(plan: Sequence[PlannedTensor]) -> int:
+    return sum(_tensor_bytes(tensor) for tensor in plan)
+
+
+def _weights_by_type(
+    plan: Sequence[PlannedTensor], importance: Mapping[str, NDArray[np.float32]]
+) -> Counter[tuple[str, bool]]:
+    """How many weights of each type there are, with and without importance."""
+    counts: Counter[tuple[str, bool]] = Counter()
+    for tensor in plan:
+        counts[tensor.type, tensor.name in importance] += math.prod(tensor.shape)
+    return counts
+
+
 def _padded(size: int) -> int:
     return int(gguf.GGUFWriter.ggml_pad(size, gguf.GGUF_DEFAULT_ALIGNMENT))
 
@@ -194,12 +213,12 @@ class _Pipeline:
 
     source: Checkpoint
     importance: Mapping[str, NDArray[np.float32]]
+    kernels: Mapping[tuple[str, bool], Kernel]
     threads: int
 
     def run(self, plan: Sequence[PlannedTensor], file: BinaryIO, progress: Callable[[Progress], None]) -> None:
         """Write the data of every tensor to `file`. On any exception no work is left running."""
-        total = sum(_tensor_bytes(tensor) for tensor in plan)
-        done = 0
+        total, done = _total(plan), 0
         reading = threading.Lock()
         pool = ThreadPoolExecutor(self.threads, "quantize")
         pending: deque[tuple[PlannedTensor, slice | None, Future[NDArray[np.uint8]]]] = deque()
@@ -253,7 +272,9 @@ class _Pipeline:
             whole_heads = tensor.heads * weights.shape[0] // tensor.shape[0]
             weights = interleaved(weights, whole_heads)
         weights = weights.reshape(-1, weights.shape[-1])
-        return quantize_rows(weights, tensor.type, self.importance.get(tensor.name), name=tensor.source or tensor.name)
+        importance, name = self.importance.get(tensor.name), tensor.source or tensor.name
+        kernel = self.kernels.get((tensor.type, importance is not None))
+        return quantize_rows(weights, tensor.type, importance, name=name, pack=kernel.pack if kernel else ggml.pack)
 
 
 def _weights(tensor: PlannedTensor, rows: slice | None) -> int:
@@ -302,7 +323,14 @@ def _notes(
         yield f"the importance matrix lacks {len(missing)} of {len(matrices)} matrices: {missing[0]} .."
 
 
-def _report(out: Path, kind: str, size: int, plan: Sequence[PlannedTensor], notes: tuple[str, ...]) -> Report:
+def _report(
+    out: Path,
+    kind: str,
+    size: int,
+    plan: Sequence[PlannedTensor],
+    notes: tuple[str, ...],
+    kernels: tuple[str, ...],
+) -> Report:
     parameters = sum(math.prod(tensor.shape) for tensor in plan if tensor.source)
-    bits = 8 * sum(_tensor_bytes(tensor) for tensor in plan) / parameters
-    return Report(out, kind, size, parameters, bits, {tensor.name: tensor.type for tensor in plan}, notes)
+    bits = 8 * _total(plan) / parameters
+    return Report(out, kind, size, parameters, bits, {tensor.name: tensor.type for tensor in plan}, notes, kernels)

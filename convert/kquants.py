@@ -1,19 +1,14 @@
 """Which type each tensor gets, and the kernel that packs it.
 
 Types follow llama.cpp's mixes (`llama_model_quantize` of the installed library is the yardstick, and the tests hold
-every mix against it); the packing itself is that library's `ggml_quantize_chunk`, called through ctypes, which releases
-the interpreter lock, so that threads add up.
+every mix against it). Packing is that library's `ggml_quantize_chunk`, or a kernel with the same bytes (kernels.py).
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -21,6 +16,9 @@ from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
+
+from . import ggml
+from .kernels import Pack
 
 BASE_TYPES = {
     "F32": "F32",
@@ -43,6 +41,7 @@ RECOMMENDED = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "
 PLAIN_TYPES = ("F32", "F16", "BF16")
 TENSOR_TYPES = (*dict.fromkeys(BASE_TYPES.values()), "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+_CACHED = 2**15  # weights whose intermediate results stay in a core's cache
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -124,12 +123,6 @@ def fitting(type_: str, columns: int) -> str:
 def block_size(type_: str) -> int:
     """Weights per block of a type."""
     return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]][0])
-
-
-def row_size(type_: str, columns: int) -> int:
-    """Bytes of a row of `columns` weights, which must divide into blocks."""
-    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
-    return int(columns // weights * size)
 
 
 def _model_order(name: str) -> tuple[int, str]:
@@ -215,9 +208,15 @@ class _Mix:
 
 
 def quantize_rows(
-    rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None = None, *, name: str = "tensor"
+    rows: NDArray[np.float32],
+    type_: str,
+    importance: NDArray[np.float32] | None = None,
+    *,
+    name: str = "tensor",
+    pack: Pack = ggml.pack,
 ) -> NDArray[np.uint8]:
-    """Pack float32 rows (n, columns) as `type_`: bytes, row after row. `importance` holds one weight per column.
+    """Pack float32 rows (n, columns) as `type_`: bytes, row after row. `importance` holds one weight per column,
+    `pack` does the work for types with blocks.
 
     A row's bytes depend on that row alone, so a tensor may be cut anywhere between rows. Raises ModelFileError, with
     `name`, for NaN or infinite input and for values beyond F16's range.
@@ -231,13 +230,16 @@ def quantize_rows(
         return _bfloat16(rows, name).view(np.uint8).reshape(-1)
     if type_ == "F16":
         return _float16(rows, name).view(np.uint8).reshape(-1)
-    return _packed(rows, type_, importance, name)
+    return _packed(rows, type_, importance, name, pack)
 
 
 def _bfloat16(rows: NDArray[np.float32], name: str) -> NDArray[np.uint16]:
-    bits = rows.view(np.uint32)
-    rounded = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))  # to nearest, ties to even
-    halves = (rounded >> np.uint32(16)).astype(np.uint16)
+    bits = rows.view(np.uint32).reshape(-1)
+    halves = np.empty(bits.size, np.uint16)
+    for start in range(0, bits.size, _CACHED):
+        part = bits[start : start + _CACHED]
+        rounded = part + (np.uint32(0x7FFF) + ((part >> np.uint32(16)) & np.uint32(1)))  # to nearest, ties to even
+        halves[start : start + _CACHED] = rounded >> np.uint32(16)
     if ((halves & np.uint16(0x7F80)) == 0x7F80).any():
         raise ModelFileError(f"{name} holds weights beyond BF16's range", "choose F32")
     return halves
@@ -252,19 +254,15 @@ def _float16(rows: NDArray[np.float32], name: str) -> NDArray[np.float16]:
 
 
 def _packed(
-    rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None, name: str
+    rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None, name: str, pack: Pack
 ) -> NDArray[np.uint8]:
-    count, columns = rows.shape
+    columns = rows.shape[1]
     if columns % block_size(type_):
         raise ValueError(f"rows of {columns} weights do not divide into blocks of {type_}")
     if importance is not None:
         importance = checked_importance(importance, columns, name)
-    packed = np.empty(count * row_size(type_, columns), dtype=np.uint8)
-    number = int(gguf.GGMLQuantizationType[type_])
-    weights = None if importance is None else importance.ctypes.data
-    library = _ggml()
-    written = library.ggml_quantize_chunk(number, rows.ctypes.data, packed.ctypes.data, 0, count, columns, weights)
-    if written != packed.nbytes or not library.ggml_validate_row_data(number, packed.ctypes.data, packed.nbytes):
+    packed = pack(rows, type_, importance)
+    if not ggml.valid(packed, type_):
         raise ModelFileError(f"{name} cannot be packed as {type_}: the scales overflow", "choose another type for it")
     return packed
 
@@ -280,26 +278,3 @@ def checked_importance(importance: NDArray[np.float32], columns: int, name: str)
     if not np.isfinite(vector).all():
         raise ModelFileError(f"the importance matrix for {name} holds NaN or infinite values", "make it again")
     return vector
-
-
-@cache
-def _ggml() -> ctypes.CDLL:
-    """The libggml-base that llama-cpp-python installed. Raises KoalaError where there is none."""
-    specification = importlib.util.find_spec("llama_cpp")
-    folder = Path(specification.origin).parent / "lib" if specification and specification.origin else None
-    found = (
-        [file for file in sorted(folder.glob("*ggml-base.*")) if file.suffix in (".so", ".dylib", ".dll")]
-        if folder
-        else []
-    )
-    if not found:
-        raise KoalaError("llama-cpp-python's ggml library was not found", "install llama-cpp-python again")
-    library = ctypes.CDLL(str(found[0]))
-    pointer = ctypes.c_void_p
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, pointer, pointer, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, pointer,
-    ]  # fmt: skip
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_validate_row_data.argtypes = [ctypes.c_int, pointer, ctypes.c_size_t]
-    library.ggml_validate_row_data.restype = ctypes.c_bool
-    return library

@@ -63,6 +63,7 @@ class Report:
     sample: str = ""
     calibration: str = ""
     notes: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()  # what packed each type that takes a search
 
     def to_json(self) -> str:
         """One object, indented, with a newline at its end."""
@@ -93,6 +94,7 @@ class Report:
         ]
         if self.calibration:
             rows.append(f"- Calibrated on {_plain(self.calibration)}")
+        rows += [f"- Packed {_plain(kernel)}" for kernel in self.kernels]
         return "\n".join(rows)
 
     def _quality(self) -> str:

@@ -62,14 +62,22 @@ class MappedFile:
         """`count` numbers as they lie in the file, not copied and not to be written to."""
         return np.frombuffer(self.data, dtype, count, offset)
 
+    def release(self, offset: int, size: int) -> None:
+        """These bytes were copied: they need not count as this process's memory. Read again, they come back."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self.data.madvise(mmap.MADV_DONTNEED, start, offset + size - start)
+
 
 def in_file(file: MappedFile, offset: int, shape: tuple[int, ...], dtype: str) -> Stored:
     """A tensor that lies row by row from byte `offset` on; the caller has checked that it lies inside the file."""
     row = math.prod(shape[1:])
 
     def read(start: int, stop: int) -> torch.Tensor:
-        raw = file.view(_RAW[dtype], (stop - start) * row, offset + start * row * ITEM_BYTES[dtype])
-        return from_raw(raw.copy(), dtype).view(stop - start, *shape[1:])
+        first, count = offset + start * row * ITEM_BYTES[dtype], (stop - start) * row
+        raw = file.view(_RAW[dtype], count, first).copy()
+        file.release(first, raw.nbytes)
+        return from_raw(raw, dtype).view(stop - start, *shape[1:])
 
     return Stored(shape, dtype, read, file.name)
 

@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from koala_local.convert import kquants
+from koala_local.convert import ggml, kquants
 from koala_local.convert.kquants import BASE_TYPES, parse_overrides, quantize_rows, tensor_types
 
 from koala_local.errors import KoalaError, ModelFileError
@@ -135,7 +135,7 @@ def weights(rows: int = 3, columns: int = 512, seed: int = 0) -> Any:
 def test_packed_rows_come_back_near(type_: str) -> None:
     rows = weights()
     packed = quantize_rows(rows, type_)
-    assert packed.nbytes == 3 * kquants.row_size(type_, 512)
+    assert packed.nbytes == 3 * ggml.row_size(type_, 512)
     back = gguf.quants.dequantize(packed.reshape(3, -1), gguf.GGMLQuantizationType[type_])
     assert np.sqrt(np.mean((back - rows) ** 2)) < 2.0 ** (1 - int(type_.lstrip("IQ")[0])) + 0.02
 

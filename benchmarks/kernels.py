@@ -1,0 +1,72 @@
+"""The quantizing kernels against `ggml_quantize_chunk`: on one thread and on two, with and without importance matrix,
+and how long the first use takes with the compiled kernel in the cache. Both take turns on the same weights.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from typing import Any
+
+import numpy as np
+from koala_local.convert import ggml, kernels
+
+from benchmarks.table import Row
+
+_GOALS = {"Q4_K": 8.0, "Q6_K": 6.0, "Q5_K": 5.0, "Q3_K": 5.0}
+_WEIGHTED_GOAL = 6.0
+_COLUMNS = 4096
+_REPEATS = 5
+_FIRST = (
+    "import sys, time, numba; from koala_local.convert import kernels; started = time.perf_counter()\n"
+    "kernels.kernel('Q4_K', False)\n"
+    "sys.stdout.write(str(time.perf_counter() - started))"
+)
+
+
+def run(quick: bool) -> list[Row]:
+    """Rows for every type that has a kernel; with `quick` for Q4_K."""
+    types = ("Q4_K",) if quick else kernels.TYPES
+    threads = (1,) if quick else (1, 2)
+    rows = [_compared(type_, weighted, count) for type_ in types for weighted in (False, True) for count in threads]
+    return [*rows, _first_use()]
+
+
+def _compared(type_: str, weighted: bool, threads: int) -> Row:
+    name = f"pack {type_}{', importance matrix' if weighted else ''}, {threads} thread{'s' * (threads > 1)}"
+    kernel = kernels.kernel(type_, weighted)
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal((128, _COLUMNS), np.float32) for _ in range(threads)]
+    importance = random.random(_COLUMNS, np.float32) if weighted else None
+    ours, theirs = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_REPEATS):
+            ours.append(_seconds(pool, kernel.pack, parts, type_, importance))
+            theirs.append(_seconds(pool, ggml.pack, parts, type_, importance))
+    weights = sum(part.size for part in parts) / 1e6
+    goal = _WEIGHTED_GOAL if weighted else _GOALS.get(type_)
+    speed, peer = weights / median(ours), weights / median(theirs)
+    return Row(name, speed, "M/s", peer, "ggml_quantize_chunk", speed / peer, at_least=goal, note=kernel.note)
+
+
+def _seconds(pool: ThreadPoolExecutor, pack: kernels.Pack, parts: list[Any], type_: str, importance: Any) -> float:
+    started = time.perf_counter()
+    list(pool.map(lambda part: pack(part, type_, importance), parts))
+    return time.perf_counter() - started
+
+
+def _first_use() -> Row:
+    """In a new process, numba's own start included; the process before has filled the cache."""
+    command = [sys.executable, "-c", _FIRST]
+    kernels.kernel("Q4_K", False)
+    seconds = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(_REPEATS)]
+    return Row(
+        "first use of a kernel from the cache",
+        median(seconds),
+        "s",
+        at_most=0.5,
+        note="after `import numba`; comparing with ggml included",
+    )

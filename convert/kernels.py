@@ -1,0 +1,135 @@
+"""Which function packs a tensor: this project's kernel, or ggml's own.
+
+The kernels (kernel_blocks.py) give ggml's bytes many times faster. That is compared with the installed library before a
+kernel is used, as a ggml that was built with fused multiplication has other bytes. Without numba, on a difference or on
+any failure ggml's function does the work. Compiled kernels are kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from koala_local.paths import cache_folder, private_folder
+
+from . import ggml
+
+Pack = Callable[[NDArray[np.float32], str, "NDArray[np.float32] | None"], NDArray[np.uint8]]
+
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+WORTHWHILE = 2**25  # weights of a type; compiling takes longer than ggml does for fewer
+_SAMPLE = (16, 4096)
+_NONE: NDArray[np.float32] = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """`pack(rows, type, importance)` has `ggml.pack`'s result; `note` says what it is, and why not the other."""
+
+    pack: Pack
+    note: str
+
+
+def choose_kernels(weights: Mapping[tuple[str, bool], int]) -> dict[tuple[str, bool], Kernel]:
+    """The kernel for each type with and without importance matrix, of which so many weights are to be packed."""
+    small = Kernel(ggml.pack, f"ggml's function: fewer than {WORTHWHILE / 1e6:.0f}M weights")
+    return {key: kernel(*key) if count >= WORTHWHILE else small for key, count in weights.items() if key[0] in TYPES}
+
+
+def notes_of(kernels: Mapping[tuple[str, bool], Kernel]) -> tuple[str, ...]:
+    """A line for each type."""
+    names = {key: f"{key[0]}{' with importance matrix' if key[1] else ''}" for key in kernels}
+    return tuple(f"{names[key]}: {kernels[key].note}" for key in sorted(kernels))
+
+
+@cache
+def kernel(type_: str, weighted: bool) -> Kernel:
+    """The kernel for `type_`, compiled, or taken from the cache, and compared with ggml's on a sample."""
+    try:
+        compiled = _compiled(type_)
+        difference = _difference(type_, compiled, weighted)
+    except Exception as error:  # numba's inner parts are used, which other versions may lack: nothing depends on them
+        reason = "numba is not installed" if isinstance(error, ModuleNotFoundError) else f"no kernel: {error}"
+        return Kernel(ggml.pack, f"ggml's function: {reason.splitlines()[0][:200]}")
+    if difference:
+        return Kernel(ggml.pack, f"ggml's function: {difference}")
+    return Kernel(_packer(compiled), f"own kernel with {instructions()}, compared with ggml's function")
+
+
+def instructions() -> str:
+    """The vectors that kernels use on this processor."""
+    from .kernel_vectors import FEATURES, LANES
+
+    names = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "neon": "NEON"}
+    return f"{next((name for key, name in names.items() if FEATURES.get(key)), 'plain')} vectors, {LANES} lanes"
+
+
+@cache
+def _compiled(type_: str) -> Callable[..., None]:
+    import numba
+
+    from .kernel_blocks import KERNELS
+    from .kernel_vectors import HAS_HALVES
+
+    if not HAS_HALVES:
+        raise NotImplementedError("the processor has no instructions for float16")
+    read = numba.types.Array(numba.float32, 1, "C", readonly=True)
+    with _numba_cache(numba.config) as cached:
+        compiled = numba.njit((read, read, numba.uint16[::1]), nogil=True, error_model="numpy", cache=cached)
+        return cast(Callable[..., None], compiled(KERNELS[type_]))
+
+
+@contextmanager
+def _numba_cache(config: Any) -> Iterator[bool]:
+    """Let numba keep what it compiles in the user's cache folder, apart for each state of the kernels' source: it
+    looks only at the file of the function itself. False when the folder cannot be written."""
+    sources = sorted(Path(__file__).parent.glob("kernel_*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    before = config.CACHE_DIR
+    try:
+        config.CACHE_DIR = str(private_folder(cache_folder() / "kernels" / digest[:16]))
+        yield True
+    except OSError:
+        yield False
+    finally:
+        config.CACHE_DIR = before
+
+
+def _difference(type_: str, compiled: Callable[..., None], weighted: bool) -> str:
+    """What differs between the kernel's bytes and ggml's on the sample; empty: nothing."""
+    rows = sample(*_SAMPLE)
+    importance = np.random.default_rng(1).random((rows.shape[1],), np.float32) if weighted else None
+    ours, theirs = _packer(compiled)(rows, type_, importance), ggml.pack(rows, type_, importance)
+    blocks = rows.size // 256
+    differing = np.count_nonzero((ours.reshape(blocks, -1) != theirs.reshape(blocks, -1)).any(1))
+    return f"the kernel's bytes differ in {differing} of {blocks} sampled blocks" if differing else ""
+
+
+def sample(rows: int, columns: int) -> NDArray[np.float32]:
+    """Weights of many sorts: a quarter as in models, the others of all sizes, sparse, on grids, equal, with ties."""
+    random = np.random.default_rng(0)
+    values = random.standard_normal((rows, columns // 256, 256), np.float32)
+    quarter = rows // 4
+    values[quarter : 2 * quarter] *= 10.0 ** random.integers(-44, 36, (quarter, columns // 256, 1))
+    values[2 * quarter : 3 * quarter : 2] *= random.random(values[2 * quarter : 3 * quarter : 2].shape) < 0.05
+    values[2 * quarter + 1 : 3 * quarter : 2] = np.round(values[2 * quarter + 1 : 3 * quarter : 2] * 4) / 8
+    values[3 * quarter] **= 9
+    values[-1] = random.integers(-2, 3, (columns // 256, 1))
+    return values.reshape(rows, columns).astype(np.float32)
+
+
+def _packer(compiled: Callable[..., None]) -> Pack:
+    def pack(rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None) -> NDArray[np.uint8]:
+        packed = np.empty(len(rows) * ggml.row_size(type_, rows.shape[1]), dtype=np.uint8)
+        compiled(rows.reshape(-1), _NONE if importance is None else importance, packed.view(np.uint16))
+        return packed
+
+    return pack

@@ -4,6 +4,7 @@
     turns.py     time to the first token at turn 2 and turn 30, against evaluating the whole history
     resume.py    going on with a saved conversation, against evaluating it
     overflow.py  what a full context costs, by the share of it that is kept; how far a shifted cache is off
+    finetune.py  training tokens per second, against transformers' Trainer with padding and with packing
     startup.py   `koala --help`, and from the command to the prompt
 
 The models are the bundled miniature and a LLaMA of 160M random weights that models.py makes once. peers.py holds what

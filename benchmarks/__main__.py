@@ -14,12 +14,24 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import attention, decode, overflow, quantize, resume, startup, turns
+from benchmarks import (
+    attention,
+    data,
+    decode,
+    finetune,
+    kernels,
+    memory,
+    overflow,
+    quantize,
+    resume,
+    startup,
+    turns,
+)
 from benchmarks.models import LLAMA_160M, RUNS, Model, random_model, silence
 from benchmarks.table import Row, markdown, write
 from koala_local.nano import MODEL_PATH
 
-_NAMES = ("attention", "decode", "turns", "resume", "overflow", "startup", "quantize")
+_NAMES = ("attention", "decode", "turns", "resume", "overflow", "startup", "memory", "data", "finetune", "quantize")
 _Job = tuple[str, str, Callable[[], list[Row]]]  # name, what of it, the measurement
 
 
@@ -57,6 +69,10 @@ def _jobs(models: list[Model], quick: bool) -> list[_Job]:
     jobs.append(("overflow", "bundled", partial(overflow.run, models[-1], quick)))
     jobs.append(("startup", "koala --help", partial(startup.run_help, quick)))
     jobs += [("startup", model.name, partial(startup.run, model, quick)) for model in models]
+    jobs.append(("memory", "the plan against the peak", partial(memory.run, quick)))
+    jobs.append(("data", "build and tokens", partial(data.run, quick)))
+    jobs.append(("finetune", "a tiny LLaMA", partial(finetune.run, quick)))
+    jobs.append(("quantize", "kernels", partial(kernels.run, quick)))
     return jobs + [("quantize", shape, partial(quantize.run, shape, quick)) for shape in ("160M", "1.1B")]
 
 

@@ -50,7 +50,6 @@ def finetune(data: str, out: Path, words: tuple[str, ...], **options: Any) -> in
 
 
 def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, Any]) -> int:
-    from .forecast import check_base, forecast
     from .job import Job
     from .launch import Place, check_place, launch
     from .prepare import check_output, locked, prepare, recipe_settings
@@ -61,6 +60,8 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
     check_place(place)
     if not options["plan_only"]:
         check_output(out, resume=options["resume"])
+    from .forecast import check_base, forecast  # transformers is slow to import: not before what fails at once
+
     check_base(base, tokenizer, settings)
     with locked(out), console.progress("building") as step:
         corpus = prepare(data, out, tokenizer, options["raw"], lambda what, done, of: step(done, of or 0, what))

@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from koala_local.errors import KoalaError
+from koala_local.models.json_file import parse_object
 
 from .sharding import plain_name
 from .throughput import Numbers
@@ -118,7 +119,7 @@ def exported_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def configuration(config: PretrainedConfig, ids: SpecialIds, dtype: Dtype) -> dict[str, Any]:
     """config.json of a transformers configuration, in the spelling that both its old and its new releases read."""
-    values = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+    values = json.loads(config.to_json_string())  # without what has its default in every kind of model
     rope = dict(values.get("rope_parameters") or {})
     base = rope.pop("rope_theta", 10000.0)
     scaling = rope if rope.get("rope_type", "default") != "default" else None
@@ -214,11 +215,20 @@ def _small_files(tokenizer: Path, values: Mapping[str, Any]) -> dict[str, bytes]
     files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     if not tokenizer.is_dir():
         files = {f"tokenizer{tokenizer.suffix}": content for content in files.values()}
+    if "tokenizer.model" in files:
+        files["tokenizer_config.json"] = _tokenizer_settings(files.get("tokenizer_config.json", b"{}"))
     special = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files["config.json"] = _json(values)
     files["generation_config.json"] = _json({key: value for key, value in special.items() if value is not None})
     files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
     return files
+
+
+def _tokenizer_settings(written: bytes) -> bytes:
+    """tokenizer_config.json of a SentencePiece tokenizer. Without "legacy" transformers leaves out the space that
+    training has behind a control token, and its chat template would give other ids than those trained on."""
+    settings = parse_object(written, "tokenizer_config.json")
+    return _json({"tokenizer_class": "LlamaTokenizer", **settings, "legacy": True})
 
 
 def _finish(shards: _Shards, out: Path, files: Mapping[str, bytes]) -> None:

@@ -134,8 +134,8 @@ def utilization(tokens_a_second: float, work: float, peak: float, gpus: int = 1)
 
 
 def known_gpu(name: str) -> Gpu | None:
-    """The kind that a device's own name says, as "NVIDIA A100-SXM4-80GB"; None for one whose peak is not listed, such as
-    an H100 that is no SXM module."""
+    """The kind that a device's own name says, as "NVIDIA A100-SXM4-80GB"; None for one whose peak is not listed, such
+    as an H100 that is no SXM module."""
     words = name.replace("-", " ").split()
-    slower = "H100" in words and ("PCIe" in words or "NVL" in words) or words[-2:] == ["4090", "D"]
+    slower = ("H100" in words and ("PCIe" in words or "NVL" in words)) or words[-2:] == ["4090", "D"]
     return None if slower else next((gpu for gpu in GPUS if gpu.name in words), None)

@@ -195,14 +195,10 @@ def _over_ranks(sums: Sequence[float], maxima: Sequence[float] = ()) -> list[flo
     result: list[float] = []
     for values, how in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):
         if values:
-            tensor = torch.tensor(values, dtype=torch.float64, device=_communication_device())
+            tensor = torch.tensor(values, dtype=torch.float64)  # gloo is there for the processor, whatever else is
             dist.all_reduce(tensor, op=how)
             result += tensor.tolist()
     return result
-
-
-def _communication_device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def state_of(run: Run) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any
@@ -27,7 +27,7 @@ from .finish import finish
 from .job import Job
 from .launch import MEETING_FILE, Rank, current_rank
 from .live_views import TrainingView
-from .model import base_config, build, compute_dtype, shape_config
+from .model import Trainee, base_config, build, compute_dtype, shape_config
 from .optimizer import build_optimizer
 from .packing import PackPlan, make_plan
 from .run_log import RunLog
@@ -95,6 +95,7 @@ def _build(job: Job, rank: Rank, device: torch.device, plan: PackPlan, total: in
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     trainee = build(config, job.base, settings, device=device, mesh=_mesh(settings, rank, device))
+    _keep_quantized(trainee)
     return Run(
         trainee=trainee,
         optimizer=build_optimizer(trainee, settings),
@@ -109,6 +110,15 @@ def _build(job: Job, rank: Rank, device: torch.device, plan: PackPlan, total: in
         mfu=_mfu(Numbers.of(config), settings, device, rank.world_size),
         name_rows=lambda rows: _origin(plan, rows),
     )
+
+
+def _keep_quantized(trainee: Trainee) -> None:
+    """On processors with bfloat16 bitsandbytes repacks 4-bit weights at the first evaluation, rounding their scales:
+    the base would not be the one that was trained on until then."""
+    modules: Iterable[Any] = trainee.modules()
+    for module in modules:
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _origin(plan: PackPlan, rows: Sequence[int] | NDArray[np.int64]) -> str:

@@ -12,13 +12,18 @@ from koala_local.errors import Interrupted, KoalaError
 
 # name: (where its click command is, what `koala --help` says of it)
 COMMANDS = {
+    "bench": ("koala_local.chat.bench_command:bench", "Measure how fast a model is here."),
     "chat": ("koala_local.chat.command:chat", "Talk to a model in the terminal."),
+    "data": ("koala_local.finetune.data_command:data", "Build a training corpus from raw dialogues, and look into it."),
+    "doctor": ("koala_local.models.doctor_command:doctor", "Look for what is misconfigured, and measure."),
+    "finetune": ("koala_local.finetune.command:finetune", "Train a model on dialogues."),
     "list": ("koala_local.models.command:list_models", "List the models that are here."),
     "pull": ("koala_local.models.command:pull", "Download a model, or register one of your own."),
     "quantize": ("koala_local.convert.command:quantize", "Make a model of 2 to 8 bits a weight from a checkpoint."),
     "recover": ("koala_local.convert.command:recover", "Add Koala's published weight difference to LLaMA."),
     "rm": ("koala_local.models.command:remove", "Remove a model from the cache, or forget one of your own."),
     "sessions": ("koala_local.chat.command:sessions", "List or remove saved conversations."),
+    "show": ("koala_local.models.show_command:show", "Tell what a model is, and what memory it takes here."),
 }
 _TRACEBACK = click.Option(["--traceback"], is_flag=True, expose_value=False, help="Show where an error came from.")
 
@@ -31,7 +36,7 @@ class _LazyGroup(click.Group):
             "koala",
             commands=[click.Command(name, short_help=text) for name, (_, text) in COMMANDS.items()],
             params=[_TRACEBACK],
-            help="Koala on your own hardware: talk to a dialogue model, and quantize one.",
+            help="Koala on your own hardware: train a dialogue model, quantize it, and talk to it.",
             context_settings={"help_option_names": ["-h", "--help"]},
             invoke_without_command=True,
             callback=_show_help,

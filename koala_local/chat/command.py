@@ -39,6 +39,11 @@ def _gpu_layers(_: click.Context, __: click.Parameter, value: str) -> int | None
     raise click.BadParameter("it is auto, all, or a whole number from 0 to 999")
 
 
+def _context(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    length: int | None = None if value == "auto" else click.IntRange(256, 1 << 20)(value, option, context)
+    return length
+
+
 def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name, kind, text in reversed(
         (
@@ -61,11 +66,24 @@ def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--resume", is_flag=True, help="Go on with the last session.")
 @click.option("--session", metavar="ID", help="Go on with this session (see `koala sessions`).")
 @click.option(
-    "--context", type=click.IntRange(256, 1 << 20), help="Tokens of context; default: the model's, at most 4096."
+    "--context",
+    default="auto",
+    metavar="auto|N",
+    callback=_context,
+    help="Tokens of context; auto: the model's, at most 4096, and less where memory is short.",
 )
-@click.option("--gpu-layers", default="auto", metavar="auto|all|N", callback=_gpu_layers, help="Layers on the GPU.")
 @click.option(
-    "--kv-type", type=click.Choice(["auto", "f16", "q8_0", "q4_0"]), default="auto", help="KV cache precision."
+    "--gpu-layers",
+    default="auto",
+    metavar="auto|all|N",
+    callback=_gpu_layers,
+    help="Layers on the GPU; auto: as many as fit.",
+)
+@click.option(
+    "--kv-type",
+    type=click.Choice(["auto", "f16", "q8_0", "q4_0"]),
+    default="auto",
+    help="KV cache precision; auto: f16, and q8_0 where memory is short.",
 )
 @click.option("--template", default="auto", metavar="auto|NAME|FILE", help="Prompt format, or a Jinja chat template.")
 @_sampling_options
@@ -110,7 +128,12 @@ def _start(model: str | None, text: str | None, as_json: bool, options: dict[str
     from koala_local.paths import data_folder
 
     load = LoadOptions(
-        options["context"], options["gpu_layers"], options["kv_type"], options["template"], options["overflow"]
+        options["context"],
+        options["gpu_layers"],
+        options["kv_type"],
+        options["template"],
+        options["overflow"],
+        quiet=text is not None,
     )
     history = History.open(data_folder())
     with closing(history):

@@ -9,20 +9,22 @@ from typing import TYPE_CHECKING
 
 from koala_local.chat.formats import pick_format
 from koala_local.chat.ledger import Ledger, Overflow
+from koala_local.chat.placement import load_planned
 from koala_local.dialogue import PromptFormat
-from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.errors import ModelFileError
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probe
+from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish
 from koala_local.models.resolve import resolve
 from koala_local.models.store import mark_used
+from koala_local.nano import MODEL_PATH
 
 if TYPE_CHECKING:
     from koala_local.chat.front import Front
     from koala_local.engine.base import Vocabulary
     from koala_local.engine.gptq import GptqEngine
+    from koala_local.engine.llama import LlamaEngine
 
-_DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
 _RESEARCH_ONLY = "research only: Koala's weights follow LLaMA's non-commercial licence and its data's terms of use"
 
 
@@ -35,6 +37,7 @@ class LoadOptions:
     kv_type: str = "auto"
     template: str = "auto"
     overflow: Overflow = "exact"
+    quiet: bool = False  # the memory plan is told only where it concedes something
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ def open_model(
 ) -> LoadedModel:
     """Load the model. Raises ModelFileError, TemplateError or OutOfMemoryError."""
     path = resolve(reference, last_used)
-    header, engine = _open_gptq(path, options) if path.is_dir() else _open_gguf(path, options)
+    header, engine, plan = _open_gptq(path, options) if path.is_dir() else _open_gguf(path, options, note)
     if engine.context_size > engine.trained_context and not (
         header and header.metadata.get(f"{header.architecture}.rope.scaling.type")
     ):
@@ -87,25 +90,27 @@ def open_model(
         engine.close()
         raise
     mark_used(path)
+    if plan is not None and (plan.concessions or not (options.quiet or path == MODEL_PATH)):
+        note(str(plan))
     return LoadedModel(path, header, engine, format, reason)
 
 
-def _open_gguf(path: Path, options: LoadOptions) -> tuple[GgufHeader, LlamaEngine]:
+def _open_gguf(path: Path, options: LoadOptions, note: Callable[[str], None]) -> tuple[GgufHeader, LlamaEngine, Plan]:
     header = read_header(path)
     probe(path)
-    context = options.context or min(header.context_length or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
-    return header, LlamaEngine(path, header.fingerprint, Placement(context, options.gpu_layers, options.kv_type))
+    engine, plan = load_planned(path, header, Wish(options.context, options.kv_type, options.gpu_layers), note)
+    return header, engine, plan
 
 
-def _open_gptq(folder: Path, options: LoadOptions) -> tuple[None, GptqEngine]:
+def _open_gptq(folder: Path, options: LoadOptions) -> tuple[None, GptqEngine, None]:
     try:
         from koala_local.engine.gptq import load_gptq
         from koala_local.engine.gptq_files import read_model_settings
     except ImportError as error:
         what = f"a GPTQ model needs {error.name}, which is not installed"
         raise ModelFileError(what, "run `make convert`, or install koala-local[convert]") from None
-    context = options.context or min(read_model_settings(folder).context, _DEFAULT_CONTEXT)
-    return None, load_gptq(folder, context)
+    context = options.context or min(read_model_settings(folder).context, DEFAULT_CONTEXT)
+    return None, load_gptq(folder, context), None
 
 
 def change_model(front: Front, reference: str, note: Callable[[str], None]) -> None:

@@ -54,7 +54,7 @@ def test_perplexity_is_the_exponential_of_the_exact_mean(micro_batch: int) -> No
     total, _ = by_transformers(model, *alone(rows.whole))
     count = int((rows.whole.weights > 0).sum())
     assert found.tokens == count
-    assert found.total == pytest.approx(total, rel=1e-12)
+    assert found.total == pytest.approx(total, rel=1e-10)  # norms and rotation are float32 in both
     assert found.perplexity == pytest.approx(math.exp(total / count))
     assert model.training
 
@@ -163,7 +163,7 @@ def _on_two_ranks() -> tuple[dict[str, Any], list[float]]:
     model: Trainee = build(shape_config(SHAPE, 61), None, settings, device=CPU, mesh=init_device_mesh("cpu", (2,)))
     rows: Any = held_out()
     found = evaluate(model, {"own": rows}, micro_batch=1, rank=rank, device=CPU)
-    state = get_model_state_dict(model)  # fails on a model that was left whole
+    state: dict[str, Any] = get_model_state_dict(model)  # fails on a model that was left whole
     return found.values(), [float(each.full_tensor().double().sum()) for each in state.values()]
 
 

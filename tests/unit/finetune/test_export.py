@@ -55,9 +55,12 @@ def logits_of(model: Trainee, ids: list[int]) -> torch.Tensor:
 
     shape = (1, len(ids))
     places = np.arange(len(ids))[None]
-    batch = Batch(np.array([ids]), np.zeros(shape, np.int64), np.zeros(shape, np.float32), places, 0 * places)
+    batch = Batch(
+        np.array([ids]), np.zeros(shape, np.int64), np.zeros(shape, np.float32), places, np.zeros(shape, np.int32)
+    )
     with torch.no_grad():
-        return model.eval()(inputs_of(batch, CPU), torch.arange(len(ids))).float()
+        logits: torch.Tensor = model.eval()(inputs_of(batch, CPU), torch.arange(len(ids)))
+    return logits.float()
 
 
 @pytest.mark.parametrize(("dtype", "tied", "shard"), [("float32", False, 20_000), ("float32", True, 10**9)])
@@ -97,13 +100,25 @@ def test_the_converter_reads_it_with_the_tokenizers_ids_and_koalas_template(tmp_
     assert CHAT_TEMPLATE == KOALA_TEMPLATE
 
 
-def test_transformers_template_gives_the_ids_of_training(tmp_path: Path, tokenizer: Path) -> None:
-    written(trainee(tokenizer), tmp_path / "out", tokenizer)
+@pytest.mark.parametrize("settings", [None, "{}", '{"legacy": false}'])
+def test_transformers_template_gives_the_ids_of_training(tmp_path: Path, tokenizer: Path, settings: str | None) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, folder)
+    (folder / "tokenizer_config.json").unlink()
+    if settings:
+        (folder / "tokenizer_config.json").write_text(settings)
+    written(trainee(folder), tmp_path / "out", folder)
     theirs: Any = AutoTokenizer.from_pretrained(tmp_path / "out")
-    text = theirs.apply_chat_template([{"role": "user", "content": "One, two"}], tokenize=False)
-    ours = DialogueTokenizer(tokenizer).encode(Dialogue((Turn("One, two"),))).ids
-    assert text == "<s>BEGINNING OF CONVERSATION: USER: One, two GPT:"
-    assert theirs(text, add_special_tokens=False).input_ids == list(ours)
+    turns = [("user", "One, two"), ("assistant", "three"), ("user", "Four?")]
+    said = [{"role": role, "content": text} for role, text in turns]
+    text = theirs.apply_chat_template(said, tokenize=False)
+    assert text == "<s>BEGINNING OF CONVERSATION: USER: One, two GPT:three</s>USER: Four? GPT:"
+    first = DialogueTokenizer(folder).encode(Dialogue((Turn("One, two"),))).ids
+    assert theirs.apply_chat_template(said[:1], tokenize=True, return_dict=False) == list(first)
+    later = DialogueTokenizer(folder).encode(Dialogue((Turn("One, two", "three"), Turn("Four?")))).ids
+    ids = theirs.apply_chat_template(said, tokenize=True, return_dict=False)
+    end = list(later).index(2)
+    assert ids[ids.index(2) :] == list(later)[end:]
 
 
 def test_it_goes_into_a_runs_folder_and_never_over_a_checkpoint(tmp_path: Path, tokenizer: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ HERE = "tests.unit.finetune.test_launch"
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing of what a launch sets, or of a cluster that the tests may run on, stays."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "MASTER_", "KOALA_MEETING", "GLOO_", "NCCL_", "TORCHELASTIC")):
@@ -36,6 +38,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def two_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> Place:

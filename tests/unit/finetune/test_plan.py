@@ -138,7 +138,7 @@ def test_a_price_and_a_utilization_of_ones_own_replace_the_tables() -> None:
 
 def test_recomputing_everything_costs_a_third_more_time_and_frees_memory() -> None:
     work = Work.of(1000, 2_000_000, Settings())
-    selective, full = (cost_on(A100, LLAMA_7B, Settings(recompute=mode), work, 8) for mode in ("selective", "full"))  # type: ignore[arg-type]
+    selective, full = (cost_on(A100, LLAMA_7B, Settings(recompute=mode), work, 8) for mode in ("selective", "full"))
     assert full.hours == pytest.approx(selective.hours * 4 / 3)
     assert full.memory.peak < selective.memory.peak
 

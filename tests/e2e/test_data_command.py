@@ -1,0 +1,107 @@
+"""`koala data` as a user runs it: raw files in, a corpus that can be looked into out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.terminal import KOALA
+from tests.unit.finetune.raw_maker import TESTED, make_raw
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def data(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    """`koala data` with these arguments."""
+    command = [KOALA, "data", *map(str, arguments)]
+    environment = os.environ | {"KOALA_HOME": str(home)}
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_raw(tmp_path_factory.mktemp("koala-e2e") / "raw")
+
+
+@pytest.fixture(scope="module")
+def built(raw: Path) -> tuple[Path, subprocess.CompletedProcess[bytes]]:
+    out = raw.parent / "corpus"
+    options = ("--raw", raw, "--tokenizer", raw / "tokenizer.model", "-o", out, "--workers", "1")
+    return out, data(raw.parent, "build", raw / "mine.toml", *options)
+
+
+def test_build_shows_what_it_made(built: tuple[Path, subprocess.CompletedProcess[bytes]]) -> None:
+    out, done = built
+    assert done.returncode == 0, done.stderr.decode()
+    text = done.stdout.decode()
+    assert "recipe mine" in text and "ShareGPT" in text
+    assert "30,000" in text  # the published count
+    assert "Held against the test sets koala_test_set.jsonl (1 queries)" in " ".join(text.split())
+    assert "koala_test_set.jsonl:1" in text and "notes.jsonl:2" in text
+    assert (out / "dialogues.jsonl").is_file() and (out / "manifest.json").is_file()
+
+
+def test_report(built: tuple[Path, subprocess.CompletedProcess[bytes]], tmp_path: Path) -> None:
+    out, _ = built
+    done = data(tmp_path, "report", out)
+    assert done.returncode == 0, done.stderr.decode()
+    for name in ("counts.png", "lengths.png", "removed.png"):
+        assert (out / name).read_bytes().startswith(_PNG)
+    as_json = data(tmp_path, "report", out, "--json", "--no-plots")
+    assert json.loads(as_json.stdout) == json.loads((out / "report.json").read_text())
+
+
+def test_inspect_marks_what_is_trained_on(
+    built: tuple[Path, subprocess.CompletedProcess[bytes]], tmp_path: Path
+) -> None:
+    out, _ = built
+    done = data(tmp_path, "inspect", out, "--source", "notes")
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode() == "<s> BEGINNING OF CONVERSATION: USER: ping GPT:⟦ pong</s>⟧\n"
+    assert b"notes.jsonl:1" in done.stderr
+    assert data(tmp_path, "inspect", out, "--random").stdout.count(b"<s>") == 1
+    bad = data(tmp_path, "inspect", out, "--index", "100000")
+    assert bad.returncode == 1 and b"there are" in bad.stderr
+    bad = data(tmp_path, "inspect", out, "--source", "hh2")
+    assert bad.returncode == 1 and b"sharegpt" in bad.stderr
+
+
+def test_without_a_test_set_it_says_so(raw: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    row = {"messages": [{"role": "user", "content": TESTED}, {"role": "assistant", "content": "\x1b]52;c;eA==\x07"}]}
+    mine.write_text(json.dumps(row))
+    out = tmp_path / "out"
+    done = data(tmp_path, "build", mine, "--tokenizer", raw / "tokenizer.model", "-o", out)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"NOT DECONTAMINATED" in done.stdout
+    shown = data(tmp_path, "inspect", out)
+    assert shown.returncode == 0 and b"\x1b" not in shown.stdout
+    test_set = raw / "eval" / "koala_test_set.jsonl"
+    none = data(
+        tmp_path, "build", mine, "--tokenizer", raw / "tokenizer.model", "-o", out, "--force", "--test-set", test_set
+    )
+    assert none.returncode == 1 and b"nothing is left" in none.stderr and b"contaminated: 1" in none.stderr
+    assert (out / "dialogues.jsonl").is_file()  # the old one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "what"),
+    [
+        (["build", "koala-al", "--tokenizer", "{raw}/tokenizer.model", "-o", "{out}"], 1, b"koala-all"),
+        (["build", "koala-all", "--tokenizer", "{raw}/tokenizer.model", "-o", "{out}", "--raw", "{raw}"], 1, b"OIG"),
+        (["build", "koala-all", "--tokenizer", "{raw}/none", "-o", "{out}"], 2, b"none"),
+        (["build", "{raw}/mine.toml", "--tokenizer", "{raw}/mine.toml", "-o", "{out}"], 1, b"tokenizer"),
+        (["build", "koala-all"], 2, b"--tokenizer"),
+        (["report", "{raw}"], 1, b"no corpus"),
+        (["inspect", "{raw}"], 1, b"corpus"),
+    ],
+)
+def test_errors(raw: Path, tmp_path: Path, arguments: list[str], status: int, what: bytes) -> None:
+    done = data(tmp_path, *(word.format(raw=raw, out=tmp_path / "out") for word in arguments))
+    assert done.returncode == status, done.stderr.decode()
+    assert what in done.stderr and b"Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,122 @@
+"""`koala finetune` as a user runs it: on one process, on two machines, and what the trained folder is good for."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from koala_local.finetune.tokens import DialogueTokenizer
+
+from koala_local.dialogue import Dialogue, Turn
+from tests.e2e.test_chat_command import KOALA, koala
+from tests.finetune_runs import SETTINGS, SHAPE, log_lines, losses, make_dialogues, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:
+    folder = tmp_path_factory.mktemp("finetune")
+    data, tokenizer = make_dialogues(folder / "sums.jsonl"), make_tokenizer(folder / "tokenizer")
+    return ("--data", data, "--tokenizer", tokenizer, "--gpus", "0", *SHAPE, *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, common: tuple[str | Path, ...]) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    result = koala(folder, "finetune", *common, "eval_every=20", "-o", folder / "run", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr.decode()
+    errors = result.stderr.decode()
+    assert result.stdout.decode().strip() == str(folder / "run")
+    assert "parameters" in errors and "fits" in errors and "step 40/40" in errors and "Traceback" not in errors
+    assert "torchao" not in errors and "Warning" not in errors
+    return folder / "run"
+
+
+def test_the_folder_is_a_checkpoint_with_all_that_belongs_to_it(trained: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(trained)
+    assert model.config.eos_token_id == 2 and model.config.vocab_size == 330
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    steps = [line for line in log_lines(trained) if "event" not in line]
+    assert [line["step"] for line in steps] == list(range(1, 41))
+    keys = {"step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s", "mfu", "memory_gb"}
+    assert steps[0].keys() == keys
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    evaluations = [line for line in log_lines(trained) if line.get("event") == "evaluation"]
+    assert [line["step"] for line in evaluations] == [20, 40]
+    assert evaluations[1]["perplexity"]["all"] < evaluations[0]["perplexity"]["all"]
+    assert len(evaluations[0]["samples"]) > 2
+    assert (trained / "curves.png").stat().st_size > 10_000
+    assert "perplexity" in (trained / "README.md").read_text().lower()
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step-00000035", "step-00000040"]
+    assert list((trained / "tensorboard").iterdir())
+
+
+def test_the_export_has_learned(trained: Path) -> None:
+    """Sums that it has seen are likelier than sums that are wrong."""
+    from transformers import LlamaForCausalLM
+
+    model, tokenizer = LlamaForCausalLM.from_pretrained(trained), DialogueTokenizer(trained)
+
+    def loss(reply: str) -> float:
+        found = tokenizer.encode(Dialogue((Turn("what is 3 plus 4?", reply),)))
+        ids = torch.tensor([found.ids])
+        with torch.no_grad():
+            return float(model(ids, labels=ids.masked_fill(torch.tensor([list(found.trained)]) == 0, -100)).loss)
+
+    assert loss("3 plus 4 is 7.") < loss("zebras?") - 1
+
+
+def test_it_can_be_quantized_and_talked_to(tmp_path: Path, trained: Path) -> None:
+    made = koala(tmp_path, "quantize", trained, "-o", tmp_path / "sums.gguf", "--type", "F16", "--no-verify")
+    assert made.returncode == 0, made.stderr.decode()
+    reply = koala(tmp_path, "chat", tmp_path / "sums.gguf", "--json", "-p", "what is 3 plus 4?", "--max-tokens", "8")
+    assert reply.returncode == 0, reply.stderr.decode()
+    prompt = DialogueTokenizer(trained).encode(Dialogue((Turn("what is 3 plus 4?"),))).ids
+    assert json.loads(reply.stdout)["stats"]["prompt_tokens"] == len(prompt)  # chat writes what was trained on
+
+
+def test_it_can_be_trained_further(tmp_path: Path, trained: Path, common: tuple[str | Path, ...]) -> None:
+    data = common[1]
+    more = ("--base", trained, "--data", data, "--gpus", "0", *SETTINGS, "max_steps=5")
+    result = koala(tmp_path, "finetune", *more, "-o", tmp_path / "run", OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr.decode()
+    assert losses(tmp_path / "run")[1] < losses(trained)[1] - 1
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, trained: Path, common: tuple[str | Path, ...]) -> None:
+    result = koala(tmp_path, "finetune", *common, "-o", trained, "--resume")
+    assert result.returncode == 1
+    assert b"is finished" in result.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port: int = place.getsockname()[1]
+        return port
+
+
+def test_two_machines_as_docs_multi_node_says(tmp_path: Path, trained: Path, common: tuple[str | Path, ...]) -> None:
+    """The rehearsal of docs/multi-node.md: two processes, each as if on a machine of its own."""
+    page = (Path(__file__).parents[2] / "docs" / "multi-node.md").read_text()
+    rehearsal = "--gpus 0 --nodes 2 --rendezvous 127.0.0.1:29400"
+    assert page.count(rehearsal) == 2
+    options = rehearsal.replace("29400", str(free_port())).split()
+    out = tmp_path / "run"
+    environment = os.environ | {"KOALA_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [KOALA, "finetune", *map(str, common), "eval_every=20", "-o", str(out), *options]
+    nodes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for _ in range(2)
+    ]
+    ends = [(*node.communicate(timeout=120), node.returncode) for node in nodes]
+    assert [status for *_, status in ends] == [0, 0], ends
+    alone = losses(trained)
+    assert losses(out).keys() == alone.keys()
+    assert all(abs(loss - alone[step]) < 1e-4 for step, loss in losses(out).items())
+    assert (out / "model.safetensors").exists()

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from koala_local.chat import bench
+from koala_local.chat.ledger import Ledger
+from koala_local.dialogue import KOALA
+from koala_local.engine.llama import LlamaEngine
+from koala_local.errors import ContextError
+from tests.engines import tiny_engine
+
+# As `llama-bench -o json` prints it: fields and values out of the example in llama.cpp's tools/llama-bench/README.md.
+TESTS: list[dict[str, Any]] = [
+    {"build_commit": "8cf427ff", "n_prompt": 512, "n_gen": 0, "n_depth": 0, "avg_ts": 7100.002165, "stddev_ts": 140.3},
+    {"build_commit": "8cf427ff", "n_prompt": 0, "n_gen": 128, "n_depth": 0, "avg_ts": 118.881588, "stddev_ts": 1.04},
+    {"build_commit": "8cf427ff", "n_prompt": 512, "n_gen": 128, "n_depth": 0, "avg_ts": 500.0, "stddev_ts": 1.0},
+    {"build_commit": "8cf427ff", "n_prompt": 512, "n_gen": 0, "n_depth": 4096, "avg_ts": 1.0, "stddev_ts": 1.0},
+]
+SPEEDS = {("prefill", 512): 7100.002165, ("decode", 128): 118.881588}
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[LlamaEngine]:
+    engine = tiny_engine(tmp_path)
+    yield engine
+    engine.close()
+
+
+def test_speeds_at_the_given_lengths(engine: LlamaEngine) -> None:
+    speeds = bench.measure_speeds(engine, [16, 64], [8])
+    assert [(speed.kind, speed.tokens) for speed in speeds] == [("prefill", 16), ("prefill", 64), ("decode", 8)]
+    assert all(speed.per_second > 0 and speed.peer is None for speed in speeds)
+    assert engine.evaluated_tokens == 32 + 3 * (16 + 64 + 1 + 8)
+    assert bench.measure_speeds(engine, [], [4])[0].kind == "decode"
+
+
+def test_a_length_beyond_the_context_is_an_error(engine: LlamaEngine) -> None:
+    with pytest.raises(ContextError, match="513 tokens do not fit"):
+        bench.measure_speeds(engine, [16], [512])
+
+
+def test_later_turns_evaluate_only_what_is_new(engine: LlamaEngine) -> None:
+    turns = bench.measure_turns(Ledger(engine, KOALA), 3)
+    assert [turn.turn for turn in turns] == [1, 2, 3]
+    assert turns[2].context > turns[1].context > turns[0].context == turns[0].evaluated
+    assert turns[2].evaluated < turns[2].context / 2
+    assert all(turn.ttft_s > 0 for turn in turns)
+
+
+def test_turns_end_where_one_would_have_to_leave(engine: LlamaEngine) -> None:
+    turns = bench.measure_turns(Ledger(engine, KOALA), 50)
+    assert 1 < len(turns) < 50
+
+
+def test_resuming_is_measured_and_gives_the_same_tokens(engine: LlamaEngine) -> None:
+    ledger = Ledger(engine, KOALA)
+    bench.measure_turns(ledger, 2)
+    before = list(ledger.cache.ids)
+    found = bench.measure_resume(ledger)
+    assert found.tokens == len(before) and found.file_bytes > 0
+    assert found.load_s > 0 and found.evaluate_s > 0
+    assert ledger.cache.ids == before
+
+
+def test_memory_is_known() -> None:
+    peak = bench.peak_memory()
+    assert peak is None or peak > 10 << 20
+
+
+def test_what_llama_bench_prints_is_read() -> None:
+    assert bench.read_peer(json.dumps(TESTS, indent=2)) == SPEEDS
+    noisy = f"ggml_cuda_init: found 1 CUDA device\n{json.dumps(TESTS, indent=2)}\n"
+    assert bench.read_peer(noisy) == SPEEDS
+
+
+@pytest.mark.parametrize("output", ["", "error", "[", '[{"n_prompt": "512"}]', "[1, null]", '{"n_prompt": 512}'])
+def test_what_cannot_be_read_is_left_out(output: str) -> None:
+    assert bench.read_peer(output) == {}
+
+
+def fake_peer(folder: Path, script: str) -> None:
+    folder.mkdir()
+    program = folder / "llama-bench"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+
+
+def test_llama_bench_is_asked_for_the_same_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "answer.json").write_text(json.dumps(TESTS, indent=2))
+    fake_peer(tmp_path / "bin", f'echo "$@" > {tmp_path}/asked; cat {tmp_path}/answer.json')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert bench.peer_speeds(tmp_path / "m.gguf", [128, 512], [128], 0) == SPEEDS
+    asked = (tmp_path / "asked").read_text()
+    assert asked == f"-m {tmp_path}/m.gguf -p 128,512 -n 128 -ngl 0 -r 3 -o json\n"
+    assert bench.peer_speeds(tmp_path / "m.gguf", [], [128], 0) == SPEEDS
+    assert "-p 0 -n 128" in (tmp_path / "asked").read_text()
+
+
+def test_a_llama_bench_that_fails_or_is_missing_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_peer(tmp_path / "bin", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert bench.peer_speeds(tmp_path / "m.gguf", [128], [], 0) == {}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.peer_speeds(tmp_path / "m.gguf", [128], [], 0) == {}

@@ -1,11 +1,12 @@
-# make chat: set up .venv, then talk to the bundled model. make convert: add what `koala quantize` needs. make test: set up .venv, then run the tests.
+# make chat: set up .venv, then talk to the bundled model. make convert, make finetune: add what these commands need.
+# make test: set up .venv, then run the tests.
 # Options: PYTHON=python3.12 (which Python makes .venv), BACKEND=cpu|cuda|hip|metal|vulkan|auto (remembered).
 
 PYTHON ?= python3
 BACKEND ?=
 INSTALL = $(PYTHON) -m tools.install --backend "$(BACKEND)"
 
-.PHONY: chat convert test lint bench clean
+.PHONY: chat convert finetune test lint bench clean
 
 chat:
 	@$(INSTALL)
@@ -14,6 +15,10 @@ chat:
 convert:
 	@$(INSTALL) --extra convert
 	@.venv/bin/koala quantize --help
+
+finetune:
+	@$(INSTALL) --extra convert --extra finetune --extra qlora
+	@.venv/bin/koala finetune --help
 
 test:
 	@$(INSTALL) --extra test

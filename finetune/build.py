@@ -64,7 +64,7 @@ class _TestSet:
 
 
 def choose_recipe(what: str) -> Recipe:
-    """The recipe of that name or TOML file, or that of a file of dialogues. Raises RecipeError."""
+    """The recipe of that name or TOML file, or that of a file of one's own rows. Raises RecipeError."""
     path = Path(what)
     if path.is_file() and path.suffix != ".toml":
         return own_recipe([path])
@@ -84,7 +84,7 @@ def build(
 ) -> dict[str, Any]:
     """Make the corpus of the recipe in the folder `out` and return its report. `raw`: where the raw files are; None
     downloads them.
-    Raises"""
+    Raises BuildError, and what reading the raw files, the test sets and the tokenizer raises."""
     _refuse_existing(out, force)
     tokenizer = DialogueTokenizer(tokenizer_path)
     tests = _read_tests(sorted({*test_sets, *(find_sets(raw) if raw else ())}))

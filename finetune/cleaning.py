@@ -1,6 +1,6 @@
-"""Which dialogues are left out for what they say: those that name another model, and those in another language.
+"""Which examples are left out for what they say: those that name another model, and those in another language.
 
-The language is py3langid's guess. Its probabilities are poor on short texts and on code, so a dialogue is left out only
+The language is py3langid's guess. Its probabilities are poor on short texts and on code, so an example is left out only
 where English is unlikely, not where it is unsure: of Alpaca, all English but for exercises in translation, this takes
 one row in a thousand.
 """
@@ -11,17 +11,19 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from koala_local.dialogue import Dialogue
+from .example import Content
 
 SHORTEST = 40  # letters; less text says too little of its language
 HEAD = 1000  # characters from the start that are looked at
 LEAST = 0.2  # of P(English) + P(no language), the latter for such as tables
 
 
-def texts(dialogue: Dialogue) -> list[str]:
-    """Everything that is said in the dialogue, in order."""
-    said = [text for turn in dialogue.turns for text in (turn.user, turn.reply or "")]
-    return [dialogue.system, *said] if dialogue.system else said
+def texts(content: Content) -> list[str]:
+    """Everything that is said in the dialogue, in order; or the plain text."""
+    if isinstance(content, str):
+        return [content]
+    said = [text for turn in content.turns for text in (turn.user, turn.reply or "")]
+    return [content.system, *said] if content.system else said
 
 
 def has_keyword(spoken: Iterable[str], keywords: Sequence[str]) -> bool:

@@ -166,10 +166,11 @@ def _below(numbers: NDArray[Any], limit: int) -> bool:
 
 
 def _places_fit(corpus: Corpus) -> bool:
-    """prompt 0 < reply 0 <= prompt 1 < reply 1 .. < length: a reply begins after its prompt, and has an end token."""
+    """prompt 0 <= reply 0 < prompt 1 <= reply 1 .. < length: a prompt may be empty, a reply has an end token. Nothing
+    is trained on as the first token of its document."""
     prompts, replies = corpus.places[:, 0], corpus.places[:, 1]
     last = corpus.turns[1:] - 1
     ends = np.empty(len(prompts), dtype=np.int64)
     ends[:-1] = prompts[1:]
     ends[last] = corpus.lengths
-    return bool(((prompts >= 0) & (prompts < replies) & (replies < ends)).all())
+    return bool(((prompts >= 0) & (prompts <= replies) & (replies > 0) & (replies < ends)).all())

@@ -9,7 +9,8 @@
     sources.bin     uint16, one for each document: an index into the manifest's sources
     held_out.bin    uint8, one for each document: 1 where it is never trained on
 
-Numbers are little-endian. What precedes a document's first prompt is its header.
+Numbers are little-endian. What precedes a document's first prompt is its header. A plain text is
+one turn whose prompt is empty; its header is BOS.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def _tokenize(work: tuple[DialogueTokenizer, list[tuple[Example, bool]]]) -> _Ch
     lengths, turns, counts = [], [], []
     for example, _ in examples:
         _check(example)
-        found = tokenizer.encode(example.dialogue)
+        found = tokenizer.encode(example.content)
         tokens.extend(found.ids)
         trained += found.trained
         for prompt, reply in zip(found.prompts, found.replies, strict=True):
@@ -191,7 +191,9 @@ def _tokenize(work: tuple[DialogueTokenizer, list[tuple[Example, bool]]]) -> _Ch
 
 
 def _check(example: Example) -> None:
-    turns = example.dialogue.turns
+    if isinstance(example.content, str):
+        return
+    turns = example.content.turns
     if not turns or any(turn.reply is None for turn in turns):
         what = f"{example.source}, {example.row}: " + ("a turn has no reply" if turns else "there is no turn")
         raise CorpusError(f"{what}: there is nothing to learn from it", "leave the row out")

@@ -1,4 +1,4 @@
-"""`koala data`: build a corpus from raw dialogues, look into it, and report on it."""
+"""`koala data`: build a corpus from raw dialogues and texts, look into it, and report on it; make a tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 @click.group(short_help="Build a training corpus from raw dialogues, and look into it.")
 def data() -> None:
-    """Make dialogues into tokens that `koala finetune` trains on."""
+    """Make dialogues and plain texts into tokens that `koala finetune` trains on."""
 
 
 @data.command(short_help="Make a corpus of a recipe, or of a file of your own.")
@@ -51,7 +51,10 @@ def build(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Make a corpus of RECIPE: koala-all, koala-distill, open-source, a .toml file, or a file of dialogues.
+    """Make a corpus of RECIPE: koala-all, koala-distill, open-source, a .toml file, or a file of rows of your own.
+
+    Your own rows are {"messages"}, {"conversations"}, {"instruction", "output"}, {"chosen", "rejected"}, or {"text"},
+    which is learned whole.
 
     A build that was stopped goes on where it was when it is run again.
     """
@@ -74,16 +77,29 @@ def build(
         console.json_line(report)
         return
     _show_report(report)
-    console.note(f"{output}: {report['total']['kept']:,} dialogues, {report['total']['tokens']:,} tokens")
+    console.note(f"{output}: {report['total']['kept']:,} examples, {report['total']['tokens']:,} tokens")
 
 
-@data.command(short_help="Show a dialogue of a corpus, with what is trained on.")
+@data.command(short_help="Make a tokenizer of your own rows, for a model from scratch.")
+@click.argument("files", nargs=-1, required=True, type=_FILE)
+@click.option("--size", required=True, type=click.IntRange(1, 262_144), help="Pieces: the size of the vocabulary.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+def tokenizer(files: tuple[Path, ...], size: int, output: Path) -> None:
+    """Make a tokenizer of LLaMA's kind of FILES, which hold dialogues or texts as `koala data build` takes them."""
+    _need_extra()
+    from .new_tokenizer import train_tokenizer
+
+    lines = train_tokenizer(files, size, output)
+    console.note(f"{output}: {size:,} pieces, made of {lines:,} lines")
+
+
+@data.command(short_help="Show an example of a corpus, with what is trained on.")
 @click.argument("corpus", type=_FOLDER)
 @click.option("--source", help="Of this source only.")
-@click.option("--index", type=click.IntRange(0), help="The dialogue of this number, from 0.")
+@click.option("--index", type=click.IntRange(0), help="The example of this number, from 0.")
 @click.option("--random", "at_random", is_flag=True, help="Any one.")
 def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool) -> None:
-    """Show a dialogue of CORPUS as the model reads it: tokens that are trained on are green, or in ⟦brackets⟧."""
+    """Show an example of CORPUS as the model reads it: tokens that are trained on are green, or in ⟦brackets⟧."""
     _need_extra()
     if index is not None and at_random:
         raise click.UsageError("--index and --random exclude each other")
@@ -92,7 +108,7 @@ def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool
 
     found = look(corpus, source, None if at_random else index or 0)
     console.note(
-        f"{found.source}, {found.row}; dialogue {found.index} of the corpus; {found.tokens:,} tokens, "
+        f"{found.source}, {found.row}; example {found.index} of the corpus; {found.tokens:,} tokens, "
         f"{found.trained:,} trained on{', held out' if found.held_out else ''}"
     )
     coloured = sys.stdout.isatty() and not console.out_console().no_color

@@ -1,4 +1,4 @@
-"""What `koala data` shows: the table of a report, and a dialogue as the model is trained on it."""
+"""What `koala data` shows: the table of a report, and an example as the model is trained on it."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ def _notes(report: Mapping[str, Any]) -> list[Text]:
     if report["decontaminated"]:
         sets = ", ".join(f"{each['file']} ({each['queries']:,} queries)" for each in report["test_sets"])
         lines.append(Text(f"Held against the test sets {sets}."))
+        if texts := sum(each.get("texts", 0) for each in report["sources"].values()):
+            lines.append(Text(f"Not held against them, since it asks nothing: plain text, {texts:,} documents."))
     else:
         lines.append(
             Text("NOT DECONTAMINATED: no test set was given; evaluations may be on training data.", "bold red")

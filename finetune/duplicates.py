@@ -1,6 +1,7 @@
 """Queries that were asked before, word for word or nearly so.
 
-A query is all that the user says in a dialogue, without case and punctuation. Two are near duplicates where at least
+A query is all that the user says in a dialogue, without case and punctuation; a plain text is compared as a whole, and
+only with others of its kind. Two are near duplicates where at least
 `THRESHOLD` of their 3-word shingles, of all that either has, are in both (Jaccard similarity). MinHash and its index
 (datasketch) propose pairs, the shingles themselves decide: what is reported is never an estimate. Of pairs at exactly
 the threshold the index misses about one in seventy, of pairs at 0.9 one in 100,000.
@@ -40,10 +41,11 @@ class Fingerprint:
     signature: NDArray[np.uint32]
 
 
-def fingerprint(query: str, *, near: bool) -> Fingerprint:
-    """Of one query; `near` says whether near duplicates will be looked for."""
+def fingerprint(query: str, *, near: bool, kind: Literal["query", "text"] = "query") -> Fingerprint:
+    """Of one query; `near` says whether near duplicates will be looked for. What is of another kind is no duplicate."""
     words = _WORD.findall(query.casefold())
-    digest = blake2b((" ".join(words) or query.strip()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    said = (" ".join(words) or query.strip()).encode("utf-8", "surrogatepass")
+    digest = blake2b(said, digest_size=16, person=kind.encode()).digest()
     if not near or len(words) < SHINGLE:
         return Fingerprint(digest, np.empty(0, np.uint32), np.empty(0, np.uint32))
     runs = zip(*(words[start:] for start in range(SHINGLE)), strict=False)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from koala_local.errors import OutOfMemoryError
 
 from .corpus import open_corpus
 from .job import Job
 from .launch import Place, current_rank
-from .model import base_config
 from .packing import make_plan
 from .plan import Machine, Plan, Work, plan_run
 from .settings import Settings
@@ -45,7 +43,7 @@ class Forecast:
 
 def check_base(base: Path | None, tokenizer: Path, settings: Settings) -> None:
     """Raise ModelFileError or TokenizerError unless the base can be trained, and the tokenizer is its own."""
-    size = base_config(base, settings.sequence_length).vocab_size if base else None
+    size = _config(base, settings).vocab_size if base else None
     DialogueTokenizer(tokenizer, size)
 
 
@@ -58,7 +56,7 @@ def forecast(job: Job, place: Place) -> Forecast:
         corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
     )
     if job.base:
-        numbers = Numbers.of(base_config(job.base, settings.sequence_length))
+        numbers = Numbers.of(_config(job.base, settings))
     else:
         assert settings.model
         numbers = Numbers.of_shape(settings.model, tokenizer.size)
@@ -66,9 +64,17 @@ def forecast(job: Job, place: Place) -> Forecast:
     return Forecast(plan_run(numbers, settings, work, _machine(place)))
 
 
+def _config(base: Path, settings: Settings) -> Any:
+    from .model import base_config  # seconds of imports, which a model from scratch does not need here
+
+    return base_config(base, settings.sequence_length)
+
+
 def _machine(place: Place) -> Machine:
     ranks = max(place.ranks, current_rank().world_size)
     if not place.gpus:
         return Machine(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    import torch
+
     memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(place.gpus))
     return Machine(ranks, memory, known_gpu(torch.cuda.get_device_name(0)))

@@ -250,6 +250,7 @@ def _write_report(scratch: Path, rank: int, error: BaseException) -> None:
     known = isinstance(error, KoalaError)
     report = {
         "rank": rank,
+        "time": time.time(),
         "known": known,
         "message": error.message if isinstance(error, KoalaError) else f"{type(error).__name__}: {error}",
         "hint": error.hint if isinstance(error, KoalaError) else "",
@@ -261,7 +262,8 @@ def _write_report(scratch: Path, rank: int, error: BaseException) -> None:
 
 def _cause(error: Any, scratch: Path) -> Exception:
     """What to tell of a failed run: a rank's own KoalaError, else that one was killed, else what else it ended with."""
-    reports = [json.loads(path.read_text()) for path in sorted(scratch.glob("rank-*.json"))]
+    reports = [json.loads(path.read_text()) for path in scratch.glob("rank-*.json")]
+    reports.sort(key=lambda report: report["time"])  # others lose their connection to the first one
     for report in reports:
         if report["known"]:
             return KoalaError(report["message"], report["hint"])

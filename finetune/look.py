@@ -1,4 +1,4 @@
-"""A built corpus, looked at: its report, and single dialogues with what is trained on."""
+"""A built corpus, looked at: its report, and single examples with what is trained on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LookError(KoalaError):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A dialogue of a corpus. `runs` are its tokens' text, joined where they are trained on alike."""
+    """An example of a corpus. `runs` are its tokens' text, joined where they are trained on alike."""
 
     index: int
     source: str
@@ -45,7 +45,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 
 
 def look(folder: Path, source: str | None = None, number: int | None = None) -> Found:
-    """The dialogue of that number, counted from 0, of the corpus or of one of its sources; any for None.
+    """The example of that number, counted from 0, of the corpus or of one of its sources; any for None.
     Raises LookError, CorpusError."""
     corpus = open_corpus(folder)
     tokenizer = DialogueTokenizer(folder / TOKENIZER)
@@ -71,7 +71,7 @@ def _choose(corpus: Corpus, source: str | None, number: int | None) -> int:
         number = Random().randrange(len(mine))
     if number >= len(mine):
         where = f"the source {source!r}" if source else "the corpus"
-        raise LookError(f"{where} has no dialogue {number}", f"there are {len(mine):,}, counted from 0")
+        raise LookError(f"{where} has no example {number}", f"there are {len(mine):,}, counted from 0")
     return int(mine[number])
 
 

@@ -1,4 +1,4 @@
-"""The mix: raw rows of every source of a recipe -> dialogues that are trained on.
+"""The mix: raw rows of every source of a recipe -> examples that are trained on.
 
 Two passes. The first reads one source after the other, judges each example on its own, and leaves a *stage* of each:
 what stays, and a count of what does not. A stage is named after everything it follows from (the raw files, the rules,
@@ -6,6 +6,7 @@ the test sets, the code), so that a build that was stopped goes on behind the la
 order: it drops repeated queries, chooses what is held out, and writes the mix.
 
 An example is counted under the first reason that applies: keyword, language, contaminated, exact duplicate, near one.
+A plain text has no query: it is never contaminated, and a duplicate only where it repeats another whole.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Tally:
     kept: int = 0
     held_out: int = 0
     turns: int = 0  # of what is kept
+    texts: int = 0  # examples of what is kept that are plain text
     unhelpful: int = 0  # examples of what is kept that are the worse one of a pair
     skipped: dict[str, int] = field(default_factory=dict)  # rows or dialogues of one, by what is wrong with them
     removed: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
@@ -155,6 +157,7 @@ def _chosen_lines(choices: Iterable[tuple[Stage, list[int]]]) -> Iterator[str]:
         for line, mark in zip(read_lines(stage.path), marks, strict=True):
             if mark:
                 stage.tally.turns += line.count('{"user": ')  # quotes in texts are escaped: it is never one of them
+                stage.tally.texts += line.count('"text": ')
                 stage.tally.unhelpful += line.count('"helpful": false') > 0
                 stage.tally.held_out += mark == _HELD
                 yield hold_out(line) if mark == _HELD else line
@@ -189,12 +192,14 @@ def _judge_all(examples: list[Example], rules: SourceRules, tests: tuple[TestQue
 
 
 def _judge(example: Example, rules: SourceRules, tests: TestSets) -> _Verdict:
-    said = texts(example.dialogue)
+    said = texts(example.content)
     if rules.keywords and has_keyword(said, rules.keywords):
         return _Verdict("keyword")
     if rules.english and not is_english(said):
         return _Verdict("language")
-    matches = [match for turn in example.dialogue.turns if (match := tests.worst(turn.user))]
+    if isinstance(example.content, str):
+        return _Verdict()
+    matches = [match for turn in example.content.turns if (match := tests.worst(turn.user))]
     return _Verdict("contaminated", max(matches, key=lambda match: match.bleu)) if matches else _Verdict()
 
 
@@ -225,13 +230,16 @@ def _group_all(lines: list[str], duplicates: str) -> list[tuple[str, int, Finger
 
 
 def _group(example: Example, duplicates: str) -> tuple[str, int, Fingerprint | None]:
-    """The raw row, a number that depends on the first thing the user says, and the query's fingerprint if it counts."""
-    turns = example.dialogue.turns
-    first = turns[0].user.encode("utf-8", "surrogatepass")
-    number = int.from_bytes(blake2b(first, digest_size=7).digest(), "big")
+    """The raw row, a number that depends on the first thing the user says, or on the whole of a plain text, and the
+    query's fingerprint if it counts."""
+    content = example.content
+    first = content if isinstance(content, str) else content.turns[0].user
+    number = int.from_bytes(blake2b(first.encode("utf-8", "surrogatepass"), digest_size=7).digest(), "big")
     if duplicates == "keep":
         return example.row, number, None
-    return example.row, number, fingerprint("\n".join(turn.user for turn in turns), near=duplicates == "near")
+    if isinstance(content, str):
+        return example.row, number, fingerprint(content, near=False, kind="text")
+    return example.row, number, fingerprint("\n".join(turn.user for turn in content.turns), near=duplicates == "near")
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,10 @@
 """The mix as a file that people read and the corpus is made from: one JSON object a line.
 
     {"source": "hh", "row": "train.jsonl:3", "system": "..", "turns": [{"user": "..", "reply": "..", "helpful": false}]}
+    {"source": "mine", "row": "mine.jsonl:3", "text": ".."}
 
-`system` is there where there is one, `helpful` where it is false. A line with `"held_out": true` is never trained on.
+`system` is there where there is one, `helpful` where it is false; a plain text has `text` instead. A line with
+`"held_out": true` is never trained on.
 """
 
 from __future__ import annotations
@@ -23,20 +25,25 @@ _HELD_OUT = ', "held_out": true}'
 
 def to_line(example: Example) -> str:
     """The example as one line, without its end."""
-    dialogue = example.dialogue
+    content = example.content
     tree: dict[str, Any] = {"source": example.source, "row": example.row}
-    if dialogue.system:
-        tree["system"] = dialogue.system
-    tree["turns"] = [
+    tree |= {"text": content} if isinstance(content, str) else _dialogue_tree(content)
+    return json.dumps(tree, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _dialogue_tree(dialogue: Dialogue) -> dict[str, Any]:
+    turns = [
         {"user": turn.user, "reply": turn.reply} | ({} if turn.helpful else {"helpful": False})
         for turn in dialogue.turns
     ]
-    return json.dumps(tree, ensure_ascii=False).replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return ({"system": dialogue.system} if dialogue.system else {}) | {"turns": turns}
 
 
 def from_line(line: str) -> Example:
     """The example of a line that `to_line` wrote, held out or not."""
     tree = json.loads(line)
+    if "text" in tree:
+        return Example(tree["text"], tree["source"], tree["row"])
     turns = tuple(Turn(turn["user"], turn["reply"], turn.get("helpful", True)) for turn in tree["turns"])
     return Example(Dialogue(turns, tree.get("system", "")), tree["source"], tree["row"])
 
@@ -47,7 +54,7 @@ def hold_out(line: str) -> str:
 
 
 def is_held_out(line: str) -> bool:
-    """Whether the line is marked. The mark is the last key: no text of a dialogue can look like it."""
+    """Whether the line is marked. The mark is the last key: no text of an example can look like it."""
     return line.rstrip("\n").endswith(_HELD_OUT)
 
 

@@ -1,4 +1,5 @@
-"""A tokenizer for a model that is trained from scratch: SentencePiece BPE of LLaMA's kind, made of a user's dialogues.
+"""A tokenizer for a model that is trained from scratch: SentencePiece BPE of LLaMA's kind, made of a user's dialogues
+and plain texts.
 
 As LLaMA's: byte fallback, digits apart, a leading space, no normalization, <unk> 0, <s> 1, </s> 2.
 """
@@ -8,12 +9,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
 from koala_local.errors import KoalaError
 
+from .cleaning import texts
 from .example import Example
 from .sources import OWN, read_source
 
@@ -28,7 +31,7 @@ _CONFIG = {
     "clean_up_tokenization_spaces": False,
 }
 _PRINTABLE = "".join(map(chr, (*range(0x21, 0x7F), *range(0xC0, 0x100)))) + "‘’“”–—…€"
-_LONGEST_LINE = 4096  # bytes; longer ones are cut: sentencepiece would leave them out
+_LONGEST_LINE = 4096  # bytes; longer ones are cut in parts: sentencepiece would leave them out
 
 
 class NewTokenizerError(KoalaError):
@@ -37,14 +40,15 @@ class NewTokenizerError(KoalaError):
 
 def train_tokenizer(paths: Sequence[Path], size: int, out: Path, *, most: int = 200_000, seed: int = 42) -> int:
     """Write the folder `out` with a tokenizer.model of `size` pieces and a tokenizer_config.json; return how many lines
-    it was made of: `most` of the files' dialogues, drawn by the seed. The same files and numbers give the same bytes.
+    it was made of: `most` of those of the files' dialogues and texts, drawn by the seed. The same files and numbers
+    give the same bytes.
 
     Raises NewTokenizerError, and what reading the files raises."""
     if out.exists():
         raise NewTokenizerError(f"{str(out)!r} exists already", "give another name with -o")
     lines = _sample(_lines(paths), most, seed)
     if not lines:
-        raise NewTokenizerError("the files hold no dialogue", "give files of dialogues")
+        raise NewTokenizerError("the files hold no dialogue and no text", f"give {OWN.schema}")
     model = _train(lines, size)
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -57,11 +61,14 @@ def train_tokenizer(paths: Sequence[Path], size: int, out: Path, *, most: int = 
 def _lines(paths: Sequence[Path]) -> Iterator[str]:
     for found in read_source(OWN, paths, 0):
         if isinstance(found, Example):
-            dialogue = found.dialogue
-            texts = [dialogue.system, *(text for turn in dialogue.turns for text in (turn.user, turn.reply or ""))]
-            for line in "\n".join(texts).splitlines():
+            for line in "\n".join(texts(found.content)).splitlines():
                 if line.strip():
-                    yield line.encode()[:_LONGEST_LINE].decode(errors="ignore")
+                    yield from _parts(line.encode())
+
+
+def _parts(line: bytes) -> Iterator[str]:
+    for start in range(0, len(line), _LONGEST_LINE):
+        yield line[start : start + _LONGEST_LINE].decode(errors="ignore")
 
 
 def _sample(lines: Iterable[str], most: int, seed: int) -> list[str]:
@@ -101,8 +108,16 @@ def _train(lines: Sequence[str], size: int) -> bytes:
         )
     except RuntimeError as error:  # its texts are C++ assertions
         what = f"no tokenizer of {size} pieces can be made of {len(lines):,} lines"
-        raise NewTokenizerError(what, f"choose a smaller size, or more text ({str(error)[-120:].strip()})") from None
+        raise NewTokenizerError(what, _hint(str(error))) from None
     return model.getvalue()
+
+
+def _hint(error: str) -> str:
+    if found := re.search(r"too high .* <= (\d+)", error):
+        return f"choose a smaller size, {found[1]} at most, or more text"
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return f"choose a larger size, {found[1]} at least: every byte and every common character is a piece"
+    return f"choose another size, or more text ({error[-120:].strip()})"
 
 
 def _write(path: Path, content: bytes) -> None:

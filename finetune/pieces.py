@@ -1,4 +1,5 @@
 """How documents that are longer than a sequence are cut: at turns, each part with the header and what went before.
+A plain text is one turn, so it is cut as a turn is that is longer than a sequence: in windows that share some context.
 
 A piece is the document's header, then earlier tokens as context, then the tokens that are trained in this piece. Every
 token with loss is trained in exactly one piece of its document.

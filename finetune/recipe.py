@@ -5,12 +5,14 @@ seed = 42                # of everything that is drawn while reading
 epochs = 2               # that a training run takes, unless it is told otherwise
 
 [sources.sharegpt]       # a known source, or a name of your own where `files` are given
-files = ["mine.jsonl"]   # your own dialogues, beside the recipe
+files = ["mine.jsonl"]   # your own dialogues, pairs or plain texts, beside the recipe
 weight = 1.0             # times per epoch
 english = true           # leave out what is in another language
 duplicates = "near"      # "keep", "exact" or "near": of queries that were asked before, leave out these
 keywords = ["openai"]    # leave out a dialogue in which anyone says one of these
 decontaminate = true     # leave out what is too close to a query of a test set
+
+A plain text has no query: it is never too close to a test set's, and a duplicate only where it repeats another whole.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Dialogues into token ids, with what is trained on marked: the ids are those that chat gives to the same dialogue.
+"""Dialogues and plain texts into token ids, with what is trained on marked: a dialogue's ids are those of chat.
 
 Every field of the prompt format is tokenized on its own. Loss is on a reply's tokens and on the control token that
-closes it. Nothing in a dialogue becomes a control token, whatever it spells.
+closes it; of a plain text, on all but BOS. Nothing in either becomes a control token, whatever it spells.
 
 Both readers are this program's own (sentencepiece, or tokenizers with special tokens unparsed), so what transformers
 makes of a tokenizer does not matter here: a byte-level one keeps its spaces, and a format's spaced reply gets one.
@@ -24,6 +24,8 @@ from koala_local.engine.plain_text import PlainText
 from koala_local.errors import KoalaError
 from koala_local.models.json_file import read_optional
 
+from .example import Content
+
 _MOST_TOKENS = 280_000  # of any vocabulary; the largest have 262 145
 _SUFFIXES = {".model": "tokenizer.model", ".json": "tokenizer.json"}
 
@@ -36,7 +38,7 @@ class TokenizerError(KoalaError):
 class TokenizedDialogue:
     """A dialogue as tokens. Turn i lies in `ids` from prompts[i] to prompts[i + 1], the last one to the end; its reply
     begins at replies[i]. What is before prompts[0] belongs to all turns: BOS, the format's header and the system text.
-    """
+    A plain text is one turn whose prompt is empty."""
 
     ids: list[int]
     trained: bytearray  # of each token: 1 where there is loss on it
@@ -78,14 +80,22 @@ class DialogueTokenizer:
         """The bytes of a token, possibly half a character; empty for a control token."""
         return self._pieces[token]
 
-    def encode(self, dialogue: Dialogue) -> TokenizedDialogue:
-        """The dialogue's tokens. Where the last turn has no reply they end where it would begin."""
-        found = self._encode(dialogue)
+    def encode(self, content: Content) -> TokenizedDialogue:
+        """The tokens of a dialogue or plain text. Where the last turn has no reply they end where it would begin."""
+        if isinstance(content, str):
+            return self._encode_text(content)
+        found = self._encode(content)
         if found.prompts:
-            header = self._header(dialogue.system)
+            header = self._header(content.system)
             fits = tuple(found.ids[: len(header)]) == header
-            found.prompts[0] = len(header) if fits else self._leading_controls(dialogue)
+            found.prompts[0] = len(header) if fits else self._leading_controls(content)
         return found
+
+    def _encode_text(self, text: str) -> TokenizedDialogue:
+        """BOS, the text, EOS. Nothing predicts a document's first token, so that is never trained on, BOS or not."""
+        header = self._control_ids(BOS)
+        ids = [*header, *self._content.ids(text), self.eos]
+        return TokenizedDialogue(ids, bytearray([0, *[1] * (len(ids) - 1)]), [len(header)], [1])
 
     def _encode(self, dialogue: Dialogue) -> TokenizedDialogue:
         """As `encode`, the header counted to the first turn."""

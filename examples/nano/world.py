@@ -19,6 +19,7 @@ from random import Random
 
 import chat_topics
 import fact_topics
+import general_topics
 import long_topics
 import number_topics
 from facts import either
@@ -67,7 +68,10 @@ def outside(rng: Random, memory: Memory) -> list[Turn]:
 
 TOPICS: tuple[tuple[Topic, float], ...] = (
     (outside, 17),
-    (fact_topics.animal, 17),
+    (general_topics.country, 9),
+    (general_topics.person, 5),
+    (general_topics.known, 16),
+    (fact_topics.animal, 14),
     (fact_topics.food, 9),
     (fact_topics.compare, 5),
     (fact_topics.calendar, 9),

@@ -1,7 +1,7 @@
 """Raw datasets in their published formats -> dialogues. One module for each: what a raw row is, what becomes of it.
 
     SOURCES["hc3"]                                a Source, by its key; the order is that of the Koala post
-    replace(OWN, key="mine", title="my notes")    a user's own files, of any of three schemas
+    replace(OWN, key="mine", title="my notes")    a user's own files, of any of five schemas, plain text among them
     find_raw, fetch                               (in ..download) a source's files in a folder, or from the hub
     read_source(source, paths, seed)              Example or Skipped, row by row
 

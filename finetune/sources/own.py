@@ -1,35 +1,46 @@
-"""A user's own dialogues, in any of three schemas that are common: messages, ShareGPT's or Alpaca's.
+"""A user's own dialogues, preference pairs and plain texts, in any of five schemas that are common: messages,
+ShareGPT's, Alpaca's, Anthropic's pairs, or {"text"}. A row that has the keys of several is of the first of these:
+datasets often carry a dialogue's whole prompt as `text` beside it.
+
+Every token of a plain text is trained on, whatever markers it holds: a file of OIG's rows is a dialogue only as the
+source "oig".
 
 `replace(OWN, key=.., title=..)` makes it a source of its own name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
 from koala_local.dialogue import Dialogue, Turn
 
-from . import alpaca, sharegpt
-from .fields import Message, Role, items, paired, text
+from ..example import Content
+from . import alpaca, hh, sharegpt
+from .fields import Message, Role, has_keys, items, paired, text
 from .source import BadRow, Source
 
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
+_Reader = Callable[[Any, Random], Sequence[Content]]
+
+
 def fits(row: Any) -> bool:
-    return isinstance(row, dict) and ("messages" in row or sharegpt.SHAREGPT.fits(row) or alpaca.ALPACA.fits(row))
+    return _reader(row) is not None
 
 
-def dialogues(row: Any, random: Random) -> list[Dialogue]:
-    """The dialogue, its texts as they are."""
-    if not fits(row):
+def dialogues(row: Any, random: Random) -> Sequence[Content]:
+    """The dialogue, both of a pair, or the text; what is said as it is."""
+    reader = _reader(row)
+    if reader is None:
         raise BadRow("not of the schema")
-    if "messages" in row:
-        return [paired(_messages(row))]
-    if "conversations" in row:
-        return [paired(sharegpt.messages(row))]
-    return [Dialogue((*_history(row), alpaca.exchange(row)))]
+    return reader(row, random)
+
+
+def _reader(row: Any) -> _Reader | None:
+    return next((reader for fit, reader in _SCHEMAS if fit(row)), None)
 
 
 def _messages(row: Any) -> list[Message]:
@@ -54,11 +65,20 @@ def _history(row: Any) -> list[Turn]:
     return turns
 
 
+_SCHEMAS: tuple[tuple[Callable[[Any], bool], _Reader], ...] = (
+    (has_keys("messages"), lambda row, _: [paired(_messages(row))]),
+    (sharegpt.SHAREGPT.fits, lambda row, _: [paired(sharegpt.messages(row))]),
+    (alpaca.ALPACA.fits, lambda row, _: [Dialogue((*_history(row), alpaca.exchange(row)))]),
+    (hh.HH.fits, hh.dialogues),
+    (has_keys("text"), lambda row, _: [text(row, "text")]),
+)
+
 OWN = Source(
     key="own",
-    title="your own dialogues",
-    schema='rows of one of three schemas: {"messages": [{"role", "content"}]}, '
-    'ShareGPT\'s {"conversations": [{"from", "value"}]}, or Alpaca\'s {"instruction", "input", "output"}',
+    title="your own dialogues or texts",
+    schema='rows of one of these schemas: {"messages": [{"role", "content"}]}, '
+    'ShareGPT\'s {"conversations": [{"from", "value"}]}, Alpaca\'s {"instruction", "input", "output"}, '
+    'Anthropic\'s {"chosen", "rejected"}, or plain {"text"}',
     licence="your own",
     published=0,
     files=(),

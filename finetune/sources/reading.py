@@ -10,7 +10,8 @@ from typing import Any
 
 from koala_local.dialogue import Dialogue
 
-from ..example import Example
+from ..cleaning import texts
+from ..example import Content, Example
 from ..raw_files import RawFileError, Row, Skipped, rows, unpacked_name
 from .source import BadRow, Source, WrongSchema
 
@@ -19,9 +20,9 @@ _SHOWN_KEYS = 8
 
 
 def read_source(source: Source, paths: Sequence[Path], seed: int) -> Iterator[Example | Skipped]:
-    """The examples of the files, in order: one for each dialogue of a row, all with the row's name, or what is skipped
-    and why. A row's draws follow from the seed, the source and the row's name alone, so reading the files apart gives
-    the same.
+    """The examples of the files, in order: one for each dialogue or text of a row, all with the row's name, or what is
+    skipped and why. A row's draws follow from the seed, the source and the row's name alone, so reading the files apart
+    gives the same.
 
     Raises RawFileError for a file that cannot be read to its end or holds nothing, WrongSchema where none of its first
     rows is of the schema."""
@@ -33,19 +34,27 @@ def read_source(source: Source, paths: Sequence[Path], seed: int) -> Iterator[Ex
                 yield from _examples(source, row, seed)
 
 
-def check(dialogue: Dialogue) -> None:
-    """Raise BadRow unless every turn can be trained on."""
+def check(content: Content) -> None:
+    """Raise BadRow unless all of it can be trained on."""
+    if isinstance(content, str):
+        if not content.strip():
+            raise BadRow("an empty text")
+    else:
+        _check_turns(content)
+    try:
+        for text in texts(content):
+            text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow("half a character (a lone surrogate)") from None
+
+
+def _check_turns(dialogue: Dialogue) -> None:
     if not dialogue.turns:
         raise BadRow("only a system message" if dialogue.system else "no user message with a reply")
     if not all(turn.user.strip() for turn in dialogue.turns):
         raise BadRow("an empty user message")
     if not all(turn.reply and turn.reply.strip() for turn in dialogue.turns):
         raise BadRow("an empty reply")
-    try:
-        for text in (dialogue.system, *(text for turn in dialogue.turns for text in (turn.user, turn.reply or ""))):
-            text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("half a character (a lone surrogate)") from None
 
 
 def label(source: Source, path: Path) -> str:
@@ -61,17 +70,17 @@ def label(source: Source, path: Path) -> str:
 def _examples(source: Source, row: Row, seed: int) -> Iterator[Example | Skipped]:
     name, value = row
     try:
-        dialogues = source.dialogues(value, Random(f"{seed} {source.key} {name}"))
+        found = source.dialogues(value, Random(f"{seed} {source.key} {name}"))
     except BadRow as error:
         yield Skipped(name, str(error))
         return
-    for dialogue in dialogues:
+    for content in found:
         try:
-            check(dialogue)
+            check(content)
         except BadRow as error:
             yield Skipped(name, str(error))
         else:
-            yield Example(dialogue, source.key, name)
+            yield Example(content, source.key, name)
 
 
 def _of_schema(source: Source, path: Path) -> Iterator[Row | Skipped]:

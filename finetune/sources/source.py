@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from koala_local.dialogue import Dialogue
 from koala_local.errors import KoalaError
+
+from ..example import Content
 
 
 class BadRow(Exception):
@@ -32,6 +33,6 @@ class Source:
     files: tuple[str, ...]  # their names at the hub; on disk each may be compressed (.gz, .xz)
     repository: str  # at the hub; empty: none
     fits: Callable[[Any], bool]  # whether a row has the keys of the schema; their values are still to be checked
-    dialogues: Callable[[Any, Random], Sequence[Dialogue]]  # of a row, drawing from the generator only; raises BadRow.
-    # What is blank in a dialogue is judged later, for each alone: `reading.check`.
+    dialogues: Callable[[Any, Random], Sequence[Content]]  # of a row, drawing from the generator only; raises BadRow.
+    # What is blank in one is judged later, for each alone: `reading.check`. Only a user's own rows may be plain text.
     converted: tuple[str, ...] = ()  # names in the hub's own conversion to Parquet, where `files` may not be there

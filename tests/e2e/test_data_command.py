@@ -70,6 +70,18 @@ def test_inspect_marks_what_is_trained_on(
     assert bad.returncode == 1 and b"sharegpt" in bad.stderr
 
 
+def test_a_tokenizer_of_ones_own_reads_a_corpus_of_plain_text(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"text": f"The koala sits beside {n} grey stones."}) + "\n" for n in range(50)))
+    made = data(tmp_path, "tokenizer", mine, "--size", "440", "-o", tmp_path / "tokenizer")
+    assert made.returncode == 0, made.stderr.decode()
+    assert b"440 pieces, made of 50 lines" in made.stderr and not made.stdout
+    done = data(tmp_path, "build", mine, "--tokenizer", tmp_path / "tokenizer", "-o", tmp_path / "corpus")
+    assert done.returncode == 0, done.stderr.decode()
+    shown = data(tmp_path, "inspect", tmp_path / "corpus", "--index", "7")
+    assert shown.stdout.decode() == "<s>⟦ The koala sits beside 7 grey stones.</s>⟧\n"
+
+
 def test_without_a_test_set_it_says_so(raw: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
     row = {"messages": [{"role": "user", "content": TESTED}, {"role": "assistant", "content": "\x1b]52;c;eA==\x07"}]}
@@ -96,6 +108,13 @@ def test_without_a_test_set_it_says_so(raw: Path, tmp_path: Path) -> None:
         (["build", "koala-all", "--tokenizer", "{raw}/none", "-o", "{out}"], 2, b"none"),
         (["build", "{raw}/mine.toml", "--tokenizer", "{raw}/mine.toml", "-o", "{out}"], 1, b"tokenizer"),
         (["build", "koala-all"], 2, b"--tokenizer"),
+        (["tokenizer", "{raw}/notes.jsonl", "-o", "{out}"], 2, b"--size"),
+        (["tokenizer", "--size", "600", "-o", "{out}"], 2, b"FILES"),
+        (["tokenizer", "{raw}/notes.jsonl", "--size", "0", "-o", "{out}"], 2, b"--size"),
+        (["tokenizer", "{raw}/notes.jsonl", "--size", "100", "-o", "{out}"], 1, b"larger size"),
+        (["tokenizer", "{raw}/notes.jsonl", "--size", "6000", "-o", "{out}"], 1, b"smaller size"),
+        (["tokenizer", "{raw}/mine.toml", "--size", "600", "-o", "{out}"], 1, b"plain {"),
+        (["tokenizer", "{raw}/notes.jsonl", "--size", "600", "-o", "{raw}"], 1, b"exists already"),
         (["report", "{raw}"], 1, b"no corpus"),
         (["inspect", "{raw}"], 1, b"corpus"),
     ],

@@ -13,16 +13,21 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from koala_local.finetune.build import BuildError, build, choose_recipe
 from koala_local.finetune.corpus import open_corpus
 from koala_local.finetune.evaluation_sets import find_sets, read_set
+from koala_local.finetune.example import Example
+from koala_local.finetune.look import look
 from koala_local.finetune.mix import choose_held_out
 from koala_local.finetune.mix_file import read_examples
+from koala_local.finetune.packing import make_plan
 from koala_local.finetune.tokens import DialogueTokenizer
 
+from koala_local.dialogue import Dialogue
 from koala_local.errors import KoalaError
-from tests.unit.finetune.raw_maker import STORY, TESTED, conversation, make_raw
+from tests.unit.finetune.raw_maker import GERMAN, STORY, TESTED, conversation, make_raw, sentence
 
 PLAIN = 120
 
@@ -48,6 +53,11 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def first_query(example: Example) -> str:
+    assert isinstance(example.content, Dialogue)
+    return example.content.turns[0].user
+
+
 def test_what_stays_and_why_the_rest_does_not(built: Path) -> None:
     sources = json.loads((built / "report.json").read_text())["sources"]
     sharegpt = sources["sharegpt"]
@@ -68,10 +78,10 @@ def test_the_mix_and_the_tokens_are_the_same_dialogues(built: Path, raw: Path) -
     examples = list(read_examples(built / "dialogues.jsonl"))
     assert len(examples) == len(corpus)
     for index, (example, held_out) in enumerate(examples):
-        assert corpus.document(index)[0].tolist() == tokenizer.encode(example.dialogue).ids
+        assert corpus.document(index)[0].tolist() == tokenizer.encode(example.content).ids
         assert corpus.source_names[corpus.sources[index]] == example.source
         assert corpus.held_out[index] == held_out
-    assert sum(example.dialogue.turns[0].user == STORY for example, _ in examples) == 1
+    assert sum(first_query(example) == STORY for example, _ in examples) == 1
     report = json.loads((built / "report.json").read_text())
     assert report["total"]["tokens"] == len(corpus.tokens)
     assert report["total"]["kept"] == len(corpus)
@@ -81,7 +91,7 @@ def test_the_mix_and_the_tokens_are_the_same_dialogues(built: Path, raw: Path) -
 def test_pairs_are_held_out_together(built: Path) -> None:
     queries: dict[bool, set[str]] = {True: set(), False: set()}
     for example, held_out in read_examples(built / "dialogues.jsonl"):
-        queries[held_out].add(f"{example.source} {example.dialogue.turns[0].user}")
+        queries[held_out].add(f"{example.source} {first_query(example)}")
     assert queries[True] and not queries[True] & queries[False]
 
 
@@ -207,6 +217,65 @@ def test_a_file_of_ones_own(raw: Path, tmp_path: Path) -> None:
     sets = [raw / "eval" / "koala_test_set.jsonl"]
     report = build(choose_recipe(str(mine)), tmp_path / "b", raw / "tokenizer.model", test_sets=sets)
     assert report["total"]["kept"] == 3 and report["decontaminated"]
+
+
+PLAIN_RECIPE = """
+[sources.asked]
+files = ["asked.jsonl"]
+duplicates = "near"
+[sources.books]
+files = ["books.jsonl"]
+english = true
+keywords = ["openai"]
+duplicates = "near"
+"""
+
+
+@pytest.fixture(scope="module")
+def plain(raw: Path) -> Path:
+    """A corpus of plain text, and of dialogues that ask what the text says."""
+    folder, random = raw.parent / "plain", Random(4)
+    folder.mkdir()
+    said = [STORY, f"{STORY} again", TESTED, f"By OpenAI: {sentence(random)}", GERMAN, " ", STORY.upper(),
+            " ".join(sentence(random) for _ in range(20)), *(sentence(random) for _ in range(PLAIN))]  # fmt: skip
+    (folder / "books.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in said))
+    (folder / "asked.jsonl").write_text(json.dumps(conversation(STORY, "A fox.")) + "\n")
+    (folder / "plain.toml").write_text(PLAIN_RECIPE)
+    recipe = choose_recipe(str(folder / "plain.toml"))
+    build(recipe, folder / "out", raw / "tokenizer.model", raw=raw, processes=1)
+    return folder / "out"
+
+
+def test_what_stays_of_plain_text(plain: Path) -> None:
+    report = json.loads((plain / "report.json").read_text())
+    asked, books = report["sources"]["asked"], report["sources"]["books"]
+    assert (asked["kept"], asked["texts"], asked["turns"]) == (1, 0, 1)
+    # What a dialogue asks is no duplicate of a text, a longer text none either; a test set's query stays.
+    assert (books["kept"], books["texts"], books["turns"]) == (PLAIN + 4, PLAIN + 4, 0)
+    assert books["removed"] == {"keyword": 1, "language": 1, "contaminated": 0, "exact": 1, "near": 0}
+    assert books["skipped"] == {"an empty text": 1} and books["held_out"] == 1
+    assert report["decontaminated"]
+
+
+def test_of_plain_text_all_but_bos_is_trained_once_an_epoch(plain: Path) -> None:
+    corpus = open_corpus(plain)
+    books = corpus.sources == corpus.source_names.index("books")
+    assert (corpus.trained_counts[books] == corpus.lengths[books] - 1).all()
+    plan = make_plan(corpus, 32)
+    assert plan.pieces.windowed_turns >= 1
+    batch = plan.batch(np.arange(plan.rows))
+    of_books = np.repeat(books & ~corpus.held_out, corpus.lengths) & corpus.trained.astype(bool)
+    asked = int(corpus.trained_counts[~books].sum())
+    assert int((batch.weights > 0).sum()) == int(of_books.sum()) + asked == plan.trained_tokens
+    assert plan.sources["books"].trained_tokens == int(of_books.sum())
+    first = np.flatnonzero(batch.positions.ravel() == 0)[: len(plan.contents)]
+    assert set(batch.ids.ravel()[first].tolist()) <= {1, 0}  # every window begins with BOS; 0 is padding
+
+
+def test_plain_text_is_shown_as_it_is_trained_on(plain: Path) -> None:
+    found = look(plain, "books", 0)
+    assert found.runs == (("<s>", False), (f" {STORY}</s>", True))
+    assert (found.row, found.trained) == ("books.jsonl:1", found.tokens - 1)
 
 
 @pytest.mark.parametrize(

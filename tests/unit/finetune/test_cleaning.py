@@ -54,3 +54,4 @@ def test_a_keyword_in_any_case_and_turn(said: str) -> None:
     assert has_keyword(texts(dialogue), WORDS)
     assert not has_keyword(texts(Dialogue((Turn("hello", "open the aim"),))), WORDS)
     assert has_keyword(texts(Dialogue((Turn("a", "b"),), system=said)), WORDS)
+    assert has_keyword(texts(f"A plain text. {said}"), WORDS) and not has_keyword(texts("open the aim"), WORDS)

@@ -31,8 +31,10 @@ WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "a", "koala", "of", "th
 def examples(count: int = 700) -> Iterator[tuple[Example, bool]]:
     for number in range(count):
         turns = tuple(Turn(" ".join(WORDS[: 1 + turn]), WORDS[number % 15]) for turn in range(1 + number % 3))
-        source = ("sharegpt", "hh", "alpaca")[number % 3]
-        yield Example(Dialogue(turns, "be kind" if number % 7 == 0 else ""), source, f"row {number}"), number % 50 == 0
+        source = ("sharegpt", "hh", "notes")[number % 3]
+        dialogue = Dialogue(turns, "be kind" if number % 7 == 0 else "")
+        content = " ".join(WORDS[: 1 + number % 9]) if source == "notes" else dialogue
+        yield Example(content, source, f"row {number}"), number % 50 == 0
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_what_is_read_is_what_was_written(made: Path, tokenizer: DialogueTokeniz
     assert len(corpus) == 700
     tokens, trained = dict.fromkeys(corpus.source_names, 0), dict.fromkeys(corpus.source_names, 0)
     for index, (example, held_out) in enumerate(examples()):
-        expected = tokenizer.encode(example.dialogue)
+        expected = tokenizer.encode(example.content)
         ids, mask = corpus.document(index)
         assert (ids.tolist(), mask.tolist()) == (expected.ids, list(expected.trained))
         assert corpus.turns_of(index).tolist() == [
@@ -227,6 +229,8 @@ LIES = {
     "a document without a turn": ("turns", lambda numbers: np.concatenate([numbers[:1], numbers[:-1]])),
     "a turn behind its document": ("places", put(1, 1 << 30)),
     "a turn before its document": ("places", put(0, -1)),
+    "a reply before its prompt": ("places", put(1, 0)),
+    "a reply as its first token": ("places", lambda numbers: put(1, 0)(put(0, 0)(numbers))),
     "a source that there is not": ("sources", put(0, 3)),
     "fewer documents": ("sources", lambda numbers: numbers[:-1]),
     "held out twice": ("held_out", put(0, 2)),

@@ -19,6 +19,13 @@ def test_the_first_stays() -> None:
     assert judge(["What is love?", "Who are you?", "what is  love", "WHAT IS LOVE!"]) == ["", "", "exact", "exact"]
 
 
+def test_a_text_is_no_duplicate_of_a_query() -> None:
+    seen = Seen()
+    assert seen.add(fingerprint(LONG, near=True)) == ""
+    assert seen.add(fingerprint(LONG, near=False, kind="text")) == ""
+    assert seen.add(fingerprint(LONG.upper(), near=False, kind="text")) == "exact"
+
+
 def test_one_word_more_is_near() -> None:
     assert judge([LONG, f"{LONG} today", LONG]) == ["", "near", "exact"]
     assert judge([LONG, f"{LONG} today", LONG], near=False) == ["", "", "exact"]

@@ -9,12 +9,15 @@ from koala_local.finetune.download import packaged
 from koala_local.finetune.example import Example
 from koala_local.finetune.sources import IDENTITY, read_source
 
+from koala_local.dialogue import Dialogue
+
 
 @pytest.fixture(scope="module")
 def pairs() -> list[tuple[str, str]]:
     found = list(read_source(IDENTITY, packaged(), seed=1))
-    assert all(isinstance(each, Example) and len(each.dialogue.turns) == 1 for each in found)
-    turns = [each.dialogue.turns[0] for each in found if isinstance(each, Example)]
+    dialogues = [each.content for each in found if isinstance(each, Example) and isinstance(each.content, Dialogue)]
+    assert len(dialogues) == len(found) and all(len(dialogue.turns) == 1 for dialogue in dialogues)
+    turns = [dialogue.turns[0] for dialogue in dialogues]
     assert all(turn.helpful for turn in turns)
     return [(turn.user, turn.reply or "") for turn in turns]
 

@@ -61,11 +61,40 @@ def test_transformers_gives_the_same_ids(rows: Path, tmp_path: Path) -> None:
     assert theirs(text).input_ids == [1, *ours.encode(text)]
 
 
+def test_plain_text_is_learned_from_however_long_its_lines(rows: Path, tmp_path: Path) -> None:
+    text = " ".join(" ".join(turn["content"] for turn in json.loads(line)["messages"]) for line in rows.open())
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(
+        json.dumps({"text": f"{text} {'quokka ' * 300}\n\nThe end."}) + "\nbroken\n" + json.dumps({"text": " "})
+    )
+    lines = train_tokenizer([mine], 480, tmp_path / "made")
+    assert lines == -(-len(f"{text} {'quokka ' * 300}") // 4096) + 1 > 5
+    tokenizer = DialogueTokenizer(tmp_path / "made", vocabulary_size=480)
+    assert len(tokenizer.encode("quokka").ids) <= 4  # a word of the end of a long line, between BOS and EOS
+    assert train_tokenizer([rows, mine], 480, tmp_path / "both") == lines + 600
+
+
+def test_too_small_a_size_is_an_error_that_says_what_is_enough(rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(NewTokenizerError, match="300 pieces") as caught:
+        train_tokenizer([rows], 300, tmp_path / "made")
+    least = int(caught.value.hint.split(" at least")[0].split()[-1])
+    train_tokenizer([rows], least, tmp_path / "made")
+
+
+def test_files_without_text_are_an_error(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(json.dumps({"text": " "}))
+    with pytest.raises(NewTokenizerError, match="no dialogue and no text"):
+        train_tokenizer([mine], SIZE, tmp_path / "made")
+
+
 def test_too_little_text_is_an_error_that_says_so(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(NewTokenizerError, match="5000 pieces") as caught:
         train_tokenizer([rows], 5000, tmp_path / "made")
     assert "smaller" in caught.value.hint
     assert not (tmp_path / "made").exists()
+    most = int(caught.value.hint.split(" at most")[0].split()[-1])
+    train_tokenizer([rows], most, tmp_path / "made")
 
 
 def test_nothing_is_replaced(rows: Path, tmp_path: Path) -> None:

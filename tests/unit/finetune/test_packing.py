@@ -72,7 +72,7 @@ def trained_tokens(corpus: Corpus, source: int | None = None) -> Counter[int]:
     return Counter(corpus.tokens[kept & corpus.trained.astype(bool)].tolist())
 
 
-turn = st.tuples(st.integers(1, 30), st.integers(1, 60))
+turn = st.tuples(st.integers(0, 30), st.integers(1, 60))  # a plain text has no prompt
 document = st.builds(Document, st.lists(turn, min_size=1, max_size=6).map(tuple), st.integers(1, 24))
 
 
@@ -147,6 +147,16 @@ def test_a_turn_longer_than_a_sequence_is_windowed_and_reported() -> None:
         assert sum(not trained for _, trained in piece[2:]) >= 10  # what went before
         tokens = [token for token, _ in piece[2:]]
         assert tokens == list(range(tokens[0], tokens[-1] + 1))
+
+
+def test_a_plain_text_longer_than_a_sequence_is_windowed_from_its_first_token() -> None:
+    plan = make_plan(corpus_of([Document(((0, 100),), header=1)]), 33)  # room for 32 behind BOS
+    pieces = pieces_of(plan)
+    assert [token for token, _ in pieces[0]] == list(range(1, 34))
+    assert all(piece[0] == (1, False) and len(piece) <= 33 for piece in pieces)
+    assert [sum(trained for _, trained in piece) for piece in pieces] == [32, 24, 24, 20]
+    assert sorted(token for piece in pieces for token, trained in piece if trained) == list(range(2, 102))
+    assert (plan.trained_tokens, plan.context_tokens) == (100, 8 + 1 + 8 + 1 + 12 + 1)
 
 
 def test_of_a_prompt_longer_than_a_sequence_the_end_is_kept() -> None:

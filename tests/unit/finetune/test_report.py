@@ -54,6 +54,13 @@ def test_the_view_has_it_all() -> None:
     assert "NOT DECONTAMINATED" in console.as_text(report_view(report(test_sets=False)))
 
 
+def test_plain_text_is_said_not_to_be_held_against_test_sets() -> None:
+    found = report()
+    found["sources"]["webgpt"]["texts"] = 1234
+    assert "plain text, 1,234 documents" in console.as_text(report_view(found))
+    assert "plain text" not in console.as_text(report_view(report()))
+
+
 def test_no_line_is_too_wide() -> None:
     assert max(map(len, console.as_text(report_view(report())).splitlines())) <= 100
 
@@ -82,10 +89,15 @@ def test_brackets_or_colours() -> None:
 
 
 def test_lines_hold_any_text() -> None:
-    for text in ("a\u2028b\nc\x85", '", "held_out": true}', "\x00\x1b", '{"user": ', "é😀"):
+    for text in ("a\u2028b\nc\x85", '", "held_out": true}', "\x00\x1b", '{"user": ', '"text": "helpful": false', "é😀"):
         example = Example(Dialogue((Turn(text, text, False), Turn("x", text)), text), "hh", "a:1")
         line = to_line(example)
         assert len(line.splitlines()) == 1 or "\x85" in text
         assert "\n" not in line and from_line(line) == example == from_line(hold_out(line))
         assert is_held_out(hold_out(line)) and not is_held_out(line)
-        assert line.count('{"user": ') == 2
+        assert line.count('{"user": ') == 2 and '"text": ' not in line
+        plain = Example(text, "mine", "a:1")
+        line = to_line(plain)
+        assert "\n" not in line and from_line(line) == plain == from_line(hold_out(line))
+        assert is_held_out(hold_out(line)) and not is_held_out(line)
+        assert (line.count('"text": '), line.count('{"user": '), line.count('"helpful": false')) == (1, 0, 0)

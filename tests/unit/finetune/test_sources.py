@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -45,7 +46,13 @@ def dialogues(key: str, row: Any, tmp_path: Path) -> list[Dialogue]:
     source = {**SOURCES, "own": OWN}[key]
     found = read(source, [row], tmp_path)
     assert all(isinstance(each, Example) and (each.source, each.row) == (key, "raw.jsonl:1") for each in found), found
-    return [each.dialogue for each in found if isinstance(each, Example)]
+    return spoken(found)
+
+
+def spoken(found: Iterable[Example | Skipped]) -> list[Dialogue]:
+    """The dialogues among what was read."""
+    read = [each.content for each in found if isinstance(each, Example)]
+    return [content for content in read if isinstance(content, Dialogue)]
 
 
 def reasons(key: str, row: Any, tmp_path: Path) -> list[str]:
@@ -121,7 +128,7 @@ def test_hc3_keeps_the_answers_beside_an_empty_one(tmp_path: Path) -> None:
     row = {"question": "Why?", "human_answers": [" "], "chatgpt_answers": ["Because."]}
     skipped, example = read(SOURCES["hc3"], [row], tmp_path)
     assert skipped == Skipped("raw.jsonl:1", "an empty reply")
-    assert isinstance(example, Example) and example.dialogue.turns == (Turn("Why?", "Because."),)
+    assert spoken([example]) == [Dialogue((Turn("Why?", "Because."),))]
 
 
 def test_oig_is_split_at_its_markers(tmp_path: Path) -> None:
@@ -193,7 +200,7 @@ OWN_ROWS = [
         },
         Dialogue((Turn("Hi", "Hello\nCopy code\n"),), "Be brief."),
     ),
-    ({"conversations": HUMAN_GPT}, Dialogue((Turn("Hi", "Hello"),))),
+    ({"text": "User: Hi", "conversations": HUMAN_GPT}, Dialogue((Turn("Hi", "Hello"),))),
     ({"instruction": "Add", "output": "3"}, Dialogue((Turn("Add", "3"),))),
     (
         {"instruction": "And?", "input": "", "output": "So.", "history": [["Hi", "Hello"]]},
@@ -203,8 +210,29 @@ OWN_ROWS = [
 
 
 @pytest.mark.parametrize(("row", "expected"), OWN_ROWS)
-def test_own_rows_of_three_schemas(tmp_path: Path, row: Any, expected: Dialogue) -> None:
+def test_own_rows_of_three_dialogue_schemas(tmp_path: Path, row: Any, expected: Dialogue) -> None:
     assert dialogues("own", row, tmp_path) == [expected]
+
+
+def test_an_own_pair_is_that_of_anthropic(tmp_path: Path) -> None:
+    pair, before = {**GOOD["hh"], "text": "both"}, {**GOOD["own"], **GOOD["hh"]}
+    assert dialogues("own", pair, tmp_path) == dialogues("hh", pair, tmp_path)
+    assert [each.turns[0].helpful for each in dialogues("own", pair, tmp_path)] == [True, False]
+    assert dialogues("own", before, tmp_path) == dialogues("own", GOOD["own"], tmp_path)  # messages come first
+
+
+@pytest.mark.parametrize(
+    "said", [" A story.\n\n It goes on.\n", "<human>: Hi\n<bot>: Hello", "\n\nHuman: a\n\nAssistant: b"]
+)
+def test_an_own_text_is_plain_whatever_markers_it_has(tmp_path: Path, said: str) -> None:
+    assert read(OWN, [{"text": said, "meta": 1}], tmp_path) == [Example(said, "own", "raw.jsonl:1")]
+
+
+def test_the_error_names_every_schema(tmp_path: Path) -> None:
+    with pytest.raises(WrongSchema) as caught:
+        read(OWN, [{"prompt": "Hi"}], tmp_path)
+    for key in ("messages", "conversations", "instruction", "chosen", "rejected", "text"):
+        assert f'"{key}"' in caught.value.hint
 
 
 def test_an_own_source_has_its_own_name(tmp_path: Path) -> None:
@@ -272,6 +300,12 @@ SPOILT: list[tuple[str, Any, str]] = [
     ("own", {"instruction": "a", "output": "b", "history": [["x"]]}, "'history' is not a list of pairs of texts"),
     ("own", {"instruction": "a", "output": "b", "history": [["x", ""]]}, "an empty reply"),
     ("own", ["x"], "not of the schema"),
+    ("own", {"text": ["x"]}, "'text' is not text"),
+    ("own", {"text": " \n"}, "an empty text"),
+    ("own", {"text": "a \ud83d"}, "half a character (a lone surrogate)"),
+    ("own", {"chosen": "Hello", "rejected": "Go."}, "no user message with a reply"),
+    ("own", {"chosen": "\n\nHuman: a\n\nAssistant: b"}, "not of the schema"),
+    ("own", {"messages": None, "text": "x"}, "'messages' is not a list"),
     *((key, row, "not an object") for key in SOURCES for row in NO_OBJECTS),
 ]
 
@@ -297,8 +331,8 @@ def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, key: str, row: Any, 
 def test_any_value_in_any_place_is_a_row_or_a_reason(key: str, value: Any, data: st.DataObject) -> None:
     row = {**GOOD[key], data.draw(st.sampled_from(sorted(GOOD[key]))): value}
     try:
-        for dialogue in {**SOURCES, "own": OWN}[key].dialogues(row, Random(1)):
-            check(dialogue)
+        for content in {**SOURCES, "own": OWN}[key].dialogues(row, Random(1)):
+            check(content)
     except BadRow as error:
         assert len(str(error)) < 60
 
@@ -359,7 +393,7 @@ def test_draws_follow_from_seed_source_and_row_alone(tmp_path: Path) -> None:
     packed.write_bytes(lzma.compress(paths[0].read_bytes()))
     assert together[:120] == list(read_source(source, [packed], seed=7))
     assert together != list(read_source(source, paths, seed=8))
-    texts = [each.dialogue.turns[0].user for each in together if isinstance(each, Example)]
+    texts = [dialogue.turns[0].user for dialogue in spoken(together)]
     assert texts[:120] != texts[120:]
     leads = {text.partition("Post")[0] for text in texts}
     assert leads == set(summarization.LEAD_INS)
@@ -415,7 +449,7 @@ def test_dialogues_are_those_of_the_original_pipeline(stem: str) -> None:
     ]
     assert len(vectors) == 24
     for vector in vectors:
-        of_row = [each.dialogue for each in made if each.row == numbers[vector["row"]]]
+        of_row = spoken(each for each in made if each.row == numbers[vector["row"]])
         (dialogue,) = [each for each in of_row if each.turns[0].helpful == (vector["part"] != "rejected")]
         assert tokens(tokenizer, dialogue) == (vector["ids"], vector["mask"])
 
@@ -423,7 +457,6 @@ def test_dialogues_are_those_of_the_original_pipeline(stem: str) -> None:
 @needs_data
 def test_a_real_row_of_summaries_is_read() -> None:
     path = DATA / "dialogue/summarize_from_feedback_one_row.jsonl"
-    better, worse = read_source(SOURCES["summarization"], [path], seed=1)
-    assert isinstance(better, Example) and isinstance(worse, Example)
-    assert (better.dialogue.turns[0].reply or "").startswith("we suspect other party")
-    assert better.dialogue.turns[0].helpful and not worse.dialogue.turns[0].helpful
+    better, worse = (dialogue.turns[0] for dialogue in spoken(read_source(SOURCES["summarization"], [path], seed=1)))
+    assert (better.reply or "").startswith("we suspect other party")
+    assert better.helpful and not worse.helpful

@@ -103,6 +103,27 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+@pytest.mark.parametrize("text", ["A story.\n\nIt goes on. ", " x", "</s><s> USER: hi GPT: ho", "nul \0, \U0001f428"])
+def test_all_of_a_plain_text_is_learned(plain: Path, text: str) -> None:
+    tokenizer: Any = sentencepiece.SentencePieceProcessor(model_file=str(plain))
+    found = load(plain).encode(text)
+    assert found.ids[0] == tokenizer.bos_id() and found.ids[-1] == tokenizer.eos_id()
+    assert not {tokenizer.bos_id(), tokenizer.eos_id()} & set(found.ids[1:-1])
+    assert tokenizer.decode(found.ids[1:-1]) == text
+    assert list(found.trained) == [0] + [1] * (len(found.ids) - 1)
+    assert (found.prompts, found.replies) == ([1], [1])
+
+
+def test_without_a_bos_the_first_token_of_a_plain_text_is_not_learned(tmp_path: Path) -> None:
+    save_byte_level(tmp_path / "tokenizer.json")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": False}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    tokenizer = DialogueTokenizer(tmp_path)
+    found = tokenizer.encode("abc")
+    assert [tokenizer.piece(token) for token in found.ids[:-1]] == [b"a", b"b", b"c"]
+    assert (list(found.trained), found.prompts, found.replies) == ([0, 1, 1, 1], [0], [1])
+
+
 @pytest.mark.parametrize("system", ["", "Be brief."])
 def test_turns_can_be_taken_apart(plain: Path, system: str) -> None:
     """Header and turns are where they are said to be: without its first turn, a dialogue is header and rest."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from koala_local.dialogue import KOALA_TEMPLATE
 from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig
 
@@ -20,14 +21,6 @@ from .pretokenizers import byte_level_pre, is_byte_level, space_prefix
 from .sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, parse_sentencepiece
 from .tokenizer_files import AddedToken, added_tokens, chat_template, read_bytes, read_json, special_text
 
-KOALA_TEMPLATE = (
-    "{{ bos_token }}BEGINNING OF CONVERSATION: "
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' GPT:' }}"
-    "{% else %}{{ message['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
-)
 _SPACE = "\u2581"
 _BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
 _PADDING_SCORE = -10000.0

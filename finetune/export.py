@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
+from koala_local.dialogue import KOALA_TEMPLATE
 from koala_local.errors import KoalaError
 from koala_local.models.json_file import parse_object
 
@@ -44,15 +45,6 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-)
-# What the model was trained to continue; `koala chat` and everything else that reads templates writes the same.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}BEGINNING OF CONVERSATION: "
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' GPT:' }}"
-    "{% else %}{{ message['content'] + eos_token }}"
-    "{% endif %}{% endfor %}"
 )
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _SPARE_BYTES = 64 << 20  # for everything but the weights
@@ -220,7 +212,7 @@ def _small_files(tokenizer: Path, values: Mapping[str, Any]) -> dict[str, bytes]
     special = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     files["config.json"] = _json(values)
     files["generation_config.json"] = _json({key: value for key, value in special.items() if value is not None})
-    files["chat_template.jinja"] = CHAT_TEMPLATE.encode()
+    files["chat_template.jinja"] = KOALA_TEMPLATE.encode()
     return files
 
 

@@ -175,6 +175,15 @@ def _chatml(dialogue: Dialogue) -> Iterator[Segment]:
 
 
 KOALA = BuiltinFormat("koala", _koala)
+# The same for programs that read templates; a file that carries it was made for Koala's format.
+KOALA_TEMPLATE = (
+    "{{ bos_token }}BEGINNING OF CONVERSATION: "
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + ' ' }}"
+    "{% elif message['role'] == 'user' %}{{ 'USER: ' + message['content'] + ' GPT:' }}"
+    "{% else %}{{ message['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
 FORMATS: dict[str, BuiltinFormat] = {
     format.name: format
     for format in (

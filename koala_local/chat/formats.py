@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from koala_local.chat.template import SOURCE_CHARACTERS, JinjaFormat
-from koala_local.dialogue import FORMATS, KOALA, PromptFormat, builtin_format
+from koala_local.dialogue import FORMATS, KOALA, KOALA_TEMPLATE, PromptFormat, builtin_format
 from koala_local.engine.base import Vocabulary
 from koala_local.errors import TemplateError
 
@@ -48,6 +48,8 @@ def pick_format(
         ), f"asked for: {override}"
     if "koala" in f"{model_name} {file_name}".lower():
         return KOALA, "the model is called Koala"
+    if template == KOALA_TEMPLATE:
+        return KOALA, "the model file holds Koala's template"
     if template is not None:
         return jinja(template, "embedded"), "the model file holds its own chat template"
     return _guessed(f"{model_name} {file_name}", vocabulary)

@@ -55,7 +55,7 @@ RULES = [
     Rule(("koala_local.chat", "koala_local.dialogue"), where="engine/*"),
     Rule(("koala_local.chat",), where="models/*"),
     Rule(("torch", "transformers"), except_in=("engine/gptq*.py", "convert/*", "finetune/*")),
-    Rule(("koala_local.engine", "koala_local.chat", "koala_local.dialogue"), "convert/*", CONVERT_MAY),
+    Rule(("koala_local.engine", "koala_local.chat"), "convert/*", CONVERT_MAY),
     Rule(("koala_local.engine", "koala_local.chat", "koala_local.convert"), "finetune/*", FINETUNE_MAY),
     Rule(("koala_local.finetune",), "convert/*"),
     Rule(("rich",), except_in=RICH),

@@ -9,7 +9,7 @@ import pytest
 
 from koala_local.chat.formats import pick_format
 from koala_local.chat.template import SOURCE_CHARACTERS, JinjaFormat
-from koala_local.dialogue import BOS, EOS, FORMATS, KOALA, Control, Dialogue, PromptFormat, Text, Turn
+from koala_local.dialogue import BOS, EOS, FORMATS, KOALA, KOALA_TEMPLATE, Control, Dialogue, PromptFormat, Text, Turn
 from koala_local.engine.base import Vocabulary
 from koala_local.errors import TemplateError
 
@@ -52,6 +52,12 @@ def pick(
     assert reason
     assert reason.isprintable()
     return format, reason
+
+
+def test_what_was_trained_here_keeps_koalas_format_whatever_its_name() -> None:
+    format, reason = pick(name="mine", template=KOALA_TEMPLATE)
+    assert format is KOALA
+    assert "template" in reason
 
 
 @pytest.mark.parametrize(("name", "file"), [("Koala 13B", "model.gguf"), ("", "TheBloke_KOALA-7b.q4.gguf")])

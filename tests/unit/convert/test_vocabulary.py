@@ -21,10 +21,10 @@ import pytest
 import sentencepiece
 import tokenizers
 from koala_local.convert.gguf_layout import write_metadata
-from koala_local.convert.vocabulary import KOALA_TEMPLATE, Vocabulary, read_vocabulary
+from koala_local.convert.vocabulary import Vocabulary, read_vocabulary
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from koala_local.dialogue import BOS, FORMATS, Control, Dialogue, Reply, Text, Turn
+from koala_local.dialogue import BOS, FORMATS, KOALA_TEMPLATE, Control, Dialogue, Reply, Text, Turn
 from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig
 from tests.checkpoint_maker import tokenizer_model

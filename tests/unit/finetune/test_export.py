@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.vocabulary import KOALA_TEMPLATE, read_vocabulary
+from koala_local.convert.vocabulary import read_vocabulary
 from koala_local.finetune import export as module
-from koala_local.finetune.export import CHAT_TEMPLATE, SpecialIds, export, exported_weights
+from koala_local.finetune.export import SpecialIds, export, exported_weights
 from koala_local.finetune.model import Trainee, build, shape_config
 from koala_local.finetune.settings import Settings
 from koala_local.finetune.tokens import DialogueTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from koala_local.dialogue import Dialogue, Turn
+from koala_local.dialogue import KOALA_TEMPLATE, Dialogue, Turn
 from koala_local.errors import KoalaError
 from tests.checkpoint_maker import tokenizer_model
 from tests.unit.finetune.tiny import CPU, SHAPE
@@ -97,7 +97,6 @@ def test_the_converter_reads_it_with_the_tokenizers_ids_and_koalas_template(tmp_
     assert set(checkpoint.tensors) == set(exported_weights(model.model))
     vocabulary = read_vocabulary(tmp_path / "out", checkpoint.config)
     assert (vocabulary.bos, vocabulary.eos, vocabulary.chat_template) == (1, 2, KOALA_TEMPLATE)
-    assert CHAT_TEMPLATE == KOALA_TEMPLATE
 
 
 @pytest.mark.parametrize("settings", [None, "{}", '{"legacy": false}'])

@@ -56,6 +56,8 @@ def quantize_blocks(model: nn.Module, weights: Weights, compute_dtype: torch.dty
             linear.in_features, linear.out_features, False, compute_dtype=compute_dtype, quant_type="nf4", device="meta"
         )
         quantized.weight = layers.Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized).to(device)
+        # On processors with bfloat16 it would be repacked at the first evaluation, its scales rounded: another base.
+        quantized.support_avx512bf16_for_cpu = False
         setattr(model.get_submodule(parent), own, quantized)
     model.is_loaded_in_4bit = True  # type: ignore[assignment]  # so that peft puts layers of its own beside them
 

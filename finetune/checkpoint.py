@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import pickle
@@ -21,8 +22,10 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -33,8 +36,15 @@ _ABOUT = "run.json"
 _TORN = "delete that folder to go on from the checkpoint before it"
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # The classes that torch itself puts into `.metadata`, a pickle: nothing else is made of one.
-_METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-_METADATA_NAMES = ("torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath")
+_METADATA = (
+    "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+    "TensorProperties", "_MEM_FORMAT_ENCODING",
+)  # fmt: skip
+_METADATA_NAMES = (
+    *(f"torch.distributed.checkpoint.metadata.{name}" for name in _METADATA),
+    *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.Size", "torch.serialization._get_layout"),
+    *("pathlib.PosixPath", "pathlib._local.PosixPath"),
+)
 
 
 class CheckpointError(KoalaError):
@@ -150,8 +160,9 @@ def load(saved: Saved, state: dict[str, Any]) -> None:
     """Fill the tensors of `state`, on all ranks, from the checkpoint. Raises CheckpointError."""
     try:
         _Reader(saved.folder).read_metadata()  # before torch would report what is wrong with it on its own
-        load_parts(state, storage_reader=_Reader(saved.folder), no_dist=not dist.is_initialized())
-    except (CheckpointException, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reader = _Reader(saved.folder)
+        load_parts(state, storage_reader=reader, planner=_Planner(), no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         what = f"{str(saved.folder)!r} cannot be read, or is of another model: {_reason(error)}"
         raise CheckpointError(what, _TORN) from None
 
@@ -173,10 +184,23 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         whole = f"{module}.{name}"
-        known = (module in _METADATA_MODULES and "." not in name) or whole in _METADATA_NAMES
-        if known or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if whole in _METADATA_NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its metadata names {whole[:80]}")
+
+
+class _Planner(DefaultLoadPlanner):
+    """torch's planner, for which whatever is no tensor could be any pickle, in place of a tensor, too."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        try:
+            found = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError:  # torch's words advise to run it
+            raise pickle.UnpicklingError(f"{read_item.dest_index.fqn[:80]} holds more than plain values") from None
+        plain = io.BytesIO()
+        torch.save(found, plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
 
 
 def _describe(partial: Path, about: Mapping[str, Any]) -> None:

@@ -41,9 +41,7 @@ def finetune(data: str, out: Path, words: tuple[str, ...], **options: Any) -> in
     model from scratch, model.hidden_size, model.layers, ..; an unknown key lists all.
     """
     _need_extra()
-    from .launch import quiet_libraries
 
-    quiet_libraries()
     if options["rendezvous"] and options["nodes"] == 1:
         raise click.UsageError("--rendezvous is for --nodes of 2 or more")
     return _finetune(data, out, words, options)
@@ -116,8 +114,6 @@ def _tokenizer(base: Path | None, given: Path | None, settings: Settings) -> Pat
         raise click.UsageError("name a checkpoint with --base, or a shape with model.* keys")
     if base is not None and settings.model is not None:
         raise click.UsageError("--base and model.* keys exclude each other")
-    if base is None and settings.lora is not None:
-        raise click.UsageError("--lora and --qlora need --base: new weights have nothing to adapt")
     place = given or base
     if place is None:
         raise click.UsageError("a model from scratch needs --tokenizer: a file, or the folder of a checkpoint")

@@ -120,7 +120,7 @@ def _map(folder: Path, name: str, kind: str, manifest: Manifest) -> NDArray[Any]
     path = folder / f"{name}.bin"
     size, digest = manifest.files[name]
     length = path.stat().st_size if path.is_file() else -1
-    item = np.dtype(kind).itemsize
+    item = np.dtype(kind).itemsize * (2 if name == "places" else 1)
     if length != size or size % item:
         what = "is missing" if length < 0 else f"has {length} bytes, its manifest says {size}"
         raise CorpusError(f"{str(path)!r} {what}", REBUILD)
@@ -139,10 +139,9 @@ def _map(folder: Path, name: str, kind: str, manifest: Manifest) -> NDArray[Any]
 def _check_counts(corpus: Corpus) -> None:
     """Whether every number in the files leads to a place that there is. Raises CorpusError."""
     count, names = len(corpus), len(corpus.manifest.sources)
-    first = corpus.places[corpus.turns[:-1], 0] if _rises(corpus.turns, count, len(corpus.places)) else None
     checks = {
         "documents": _rises(corpus.documents, count, len(corpus.tokens)),
-        "turns": first is not None,
+        "turns": _rises(corpus.turns, count, len(corpus.places)),
         "trained": len(corpus.trained) == len(corpus.tokens) and _below(corpus.trained, 2),
         "tokens": _below(corpus.tokens, corpus.manifest.vocabulary_size),
         "sources": _below(corpus.sources, names),

@@ -9,6 +9,7 @@ beside the final one, with ".partial" added to its name, and moved when it is co
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -46,8 +47,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _SPARE_BYTES = 64 << 20  # for everything but the weights
+_FAILURES = (KoalaError, OSError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,8 @@ def export(
     """Write `weights` (of `exported_weights`, or merged ones) and transformers' `config` to the folder `out`, with the
     tokenizer in the folder (or file) `tokenizer` and Koala's chat template. `out` is new, or a run's folder without a
     checkpoint in it. `extra_files` are small files by name. All ranks must call this, with weights that are gathered
-    in the same order; those that need no gathering are wanted of rank 0 alone. They return, or raise, together.
+    in the same order; those that need no gathering are taken one at a time, and wanted of rank 0 alone: the others may
+    give none. They return, or raise, together.
 
     Raises KoalaError when `out` holds a checkpoint, when it cannot be written, for want of space for one, and for a
     weight that is not finite in `dtype`; nothing is left then."""
@@ -116,7 +118,7 @@ def configuration(config: PretrainedConfig, ids: SpecialIds, dtype: Dtype) -> di
     base = rope.pop("rope_theta", 10000.0)
     scaling = rope if rope.get("rope_type", "default") != "default" else None
     spelled = {"rope_theta": base, "rope_scaling": scaling, "torch_dtype": dtype, "dtype": dtype}
-    used = {"use_cache": True, "attention_dropout": 0.0, "architectures": [_ARCHITECTURES[config.model_type]]}
+    used = {"use_cache": True, "attention_dropout": 0.0}
     return {
         **values,
         **spelled,
@@ -174,17 +176,17 @@ def _write_weights(
     """Gather all weights and write them, on rank 0. What fails there is returned, and gathering goes on: the other
     ranks know nothing of it and must not wait forever."""
     failure: Exception | None = None
-    for name, weight in weights:
-        if progress:
-            progress(name)
-        whole = weight.detach()
-        if isinstance(whole, DTensor):
-            whole = whole.full_tensor()
-        if failure is None and _is_writer():
-            try:
-                shards.add(name, whole.to("cpu", dtype).contiguous())
-            except (KoalaError, OSError, SafetensorError) as error:
-                failure = error
+    try:
+        for name, weight in weights:
+            if progress:
+                progress(name)
+            whole = weight.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            if failure is None and _is_writer():
+                failure = _failure_of(functools.partial(shards.add, name, whole.to("cpu", dtype).contiguous()))
+    except _FAILURES as error:  # of weights that are read from a file: the others gather nothing
+        failure = failure or error
     return failure
 
 
@@ -267,15 +269,20 @@ def _is_writer() -> bool:
 def _on_writer(work: Callable[[], None], failure: Exception | None = None) -> None:
     """Do it on rank 0, unless there was a `failure` before. Raises what went wrong as a KoalaError, on all ranks."""
     if _is_writer() and failure is None:
-        try:
-            work()
-        except (KoalaError, OSError, SafetensorError) as error:
-            failure = error
+        failure = _failure_of(work)
     told = [_explained(failure) if failure else None]
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
     if told[0]:
         raise KoalaError(*told[0])
+
+
+def _failure_of(work: Callable[[], None]) -> Exception | None:
+    try:
+        work()
+    except _FAILURES as error:
+        return error
+    return None
 
 
 def _explained(error: Exception) -> tuple[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -12,41 +13,43 @@ from koala_local import __version__
 from .adapters import adapter_state, merge_into_base
 from .export import Dtype, SpecialIds, export, exported_weights
 from .job import Job
+from .launch import Rank
 from .model import compute_dtype
 from .model_card import Training, model_card
 from .packing import PackPlan
 from .run_log import LOG, draw_curves, read_log
+from .throughput import Numbers
 from .tokens import DialogueTokenizer
 from .train import Run
+from .weights import open_checkpoint
+
+_DTYPES: dict[torch.dtype, Dtype] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def finish(job: Job, run: Run, plan: PackPlan, tokenizer: DialogueTokenizer) -> None:
     """Write everything. All ranks must call this. Raises KoalaError when it cannot be written."""
-    weights = _final_weights(job, run)
-    narrow = compute_dtype(run.settings, run.device) == torch.bfloat16
-    dtype: Dtype = "bfloat16" if narrow else "float32"
+    weights, dtype = _final_weights(job, run)
     card = b""
     if run.rank.first:
         draw_curves(job.out)
-        parameters = sum(weight.numel() for weight in weights.values())
-        card = model_card(_training(job, run, plan, parameters, dtype)).encode()
+        card = model_card(_training(job, run, plan, dtype)).encode()
     export(
         weights,
         run.trainee.config,
         job.out,
-        job.tokenizer if job.tokenizer.is_dir() else job.tokenizer.parent,
+        job.tokenizer,
         SpecialIds(tokenizer.bos, tokenizer.eos, tokenizer.vocabulary.unknown),
         dtype=dtype,
         extra_files={"README.md": card},
     )
 
 
-def _training(job: Job, run: Run, plan: PackPlan, parameters: int, dtype: str) -> Training:
+def _training(job: Job, run: Run, plan: PackPlan, dtype: str) -> Training:
     return Training(
         name=job.out.resolve().name,
-        base=job.base.resolve().name if job.base else None,
+        base=_name_of(job.base) if job.base else None,
         base_licence=None,
-        parameters=parameters,
+        parameters=Numbers.of(run.trainee.config).parameters,
         settings=run.settings,
         manifest=plan.corpus.manifest,
         plan=plan,
@@ -59,18 +62,30 @@ def _training(job: Job, run: Run, plan: PackPlan, parameters: int, dtype: str) -
     )
 
 
-def _final_weights(job: Job, run: Run) -> Mapping[str, torch.Tensor]:
-    """The trained weights by their names in a checkpoint; adapters are merged into the base as it is stored. Only rank
-    0, which writes them, holds the merged ones."""
+def _name_of(base: Path) -> str:
+    """The folder's name; the repository's where it lies in the hub's cache, whose folders are called after commits."""
+    folder = base.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return folder.name
+
+
+def _final_weights(job: Job, run: Run) -> tuple[Iterable[tuple[str, torch.Tensor]], Dtype]:
+    """The weights by their names in a checkpoint, and the type to store them in. Adapters are merged into the base as
+    it is stored, in its type, while they are written: rank 0 alone reads it."""
     trained = exported_weights(run.trainee.model)
     if run.settings.lora is None:
-        return trained
+        narrow = compute_dtype(run.settings, run.device) == torch.bfloat16
+        return trained.items(), "bfloat16" if narrow else "float32"
     assert job.base
-    adapters = {name: _whole(tensor) for name, tensor in adapter_state(trained).items()}
-    merged = merge_into_base(job.base, adapters, run.settings.lora)
-    return {name: tensor if run.rank.first else tensor.to("meta") for name, tensor in merged}
+    adapters = {name: _whole(tensor, run.rank) for name, tensor in adapter_state(trained).items()}
+    merged = merge_into_base(job.base, adapters, run.settings.lora) if run.rank.first else ()
+    return merged, _DTYPES.get(open_checkpoint(job.base).dtype, "float32")
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def _whole(tensor: torch.Tensor, rank: Rank) -> torch.Tensor:
+    """Gathered by all ranks, kept by the first one."""
     value = tensor.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    return value.to("cpu" if rank.first else "meta")

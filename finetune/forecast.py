@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from koala_local.errors import OutOfMemoryError
+from koala_local.models.devices import ram
 
 from .corpus import open_corpus
 from .job import Job
@@ -73,7 +74,7 @@ def _config(base: Path, settings: Settings) -> Any:
 def _machine(place: Place) -> Machine:
     ranks = max(place.ranks, current_rank().world_size)
     if not place.gpus:
-        return Machine(0, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Machine(0, ram()[0] or math.inf)
     import torch
 
     memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(place.gpus))

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,9 +26,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from koala_local.console import quiet_libraries
 from koala_local.errors import KoalaError
 
 MEETING_FILE = "KOALA_MEETING_FILE"  # environment variable: where ranks of one machine find each other
+START_METHOD = "spawn"  # some libraries touch CUDA when they are imported, and that does not survive a fork
 _DEFAULT_PORT = 29_400
 _LET_OTHERS_BE_SEEN = 1.0  # seconds
 
@@ -72,12 +73,6 @@ def launch(work: str, arguments: tuple[Any, ...], place: Place) -> int:
     if take_given_rank(os.environ) or place.ranks == 1:
         return _function(work)(*arguments)
     return _run_agent(work, arguments, place)
-
-
-def quiet_libraries() -> None:
-    """Hide what they tell about things that a user cannot change; the first of it comes when they are imported."""
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
 
 
 def current_rank(environ: Mapping[str, str] = os.environ) -> Rank:
@@ -152,7 +147,7 @@ def _run_agent(work: str, arguments: tuple[Any, ...], place: Place) -> int:
     with tempfile.TemporaryDirectory(prefix="koala-") as scratch, _forwarded_signals() as received, _quiet_agent():
         try:
             start = elastic_launch(_agent_settings(place, Path(scratch)), _rank)
-            results = start(work, arguments, scratch)
+            results = start(work, arguments, scratch, _environment(place, Path(scratch)))
         except ChildFailedError as error:
             if received:
                 raise SystemExit(128 + received[0]) from None
@@ -169,13 +164,8 @@ def _agent_settings(place: Place, scratch: Path) -> Any:
     if place.nodes == 1:
         endpoint = str(scratch / "agent")
         meeting = {"store_type": "file", "timeout": 900}
-        os.environ[MEETING_FILE] = str(scratch / "ranks")
     elif ":" not in endpoint:
         endpoint = f"{endpoint}:{_DEFAULT_PORT}"
-    local = place.nodes == 1 or _is_loopback(endpoint.rpartition(":")[0])
-    if local:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, "lo")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(place.gpus, 1))))
     return LaunchConfig(
         min_nodes=place.nodes,
@@ -186,12 +176,23 @@ def _agent_settings(place: Place, scratch: Path) -> Any:
         rdzv_endpoint=endpoint,
         rdzv_configs=meeting,
         max_restarts=0,
-        local_addr="127.0.0.1" if local else None,
+        local_addr="127.0.0.1" if _is_local(place) else None,
         signals_to_handle="SIGQUIT",  # the others are forwarded
+        start_method=START_METHOD,
     )
 
 
-def _is_loopback(host: str) -> bool:
+def _environment(place: Place, scratch: Path) -> dict[str, str]:
+    """What ranks are told of where they meet, and that ranks of one machine talk over the loopback device alone."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if _is_local(place) else ()
+    told = {name: os.environ.get(name, "lo") for name in names}
+    return told | ({MEETING_FILE: str(scratch / "ranks")} if place.nodes == 1 else {})
+
+
+def _is_local(place: Place) -> bool:
+    if place.nodes == 1:
+        return True
+    host = place.rendezvous.rpartition(":")[0] or place.rendezvous
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -232,9 +233,10 @@ def _quiet_agent() -> Iterator[None]:
         logging.disable(before)
 
 
-def _rank(work: str, arguments: tuple[Any, ...], scratch: str) -> int:
+def _rank(work: str, arguments: tuple[Any, ...], scratch: str, environment: Mapping[str, str]) -> int:
     """What each process runs. How it failed is left in a file of `scratch`."""
     os.setpgid(0, 0)  # Ctrl-C reaches the launching process alone, which forwards it
+    os.environ.update(environment)
     number = current_rank().number
     try:
         return _function(work)(*arguments)

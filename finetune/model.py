@@ -18,17 +18,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PretrainedConfig
 
 from koala_local.errors import ModelFileError
+from koala_local.models.configuration import ModelConfig, read_configuration
 
 from . import adapters, attention, sharding
 from .batch import Batch
 from .dropout import add_dropout
 from .loss import head_loss
 from .settings import ModelShape, Settings
-from .weights import Weights, fill, read_json, seeded_weights, stored_weights
+from .weights import Weights, fill, seeded_weights, stored_weights
 
 _FAMILIES: dict[str, tuple[type[PretrainedConfig], Callable[[Any], nn.Module]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "mistral": (MistralConfig, MistralForCausalLM),
+    "LlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
+    "MistralForCausalLM": (MistralConfig, MistralForCausalLM),
 }
 
 
@@ -91,54 +92,57 @@ def inputs_of(batch: Batch, device: torch.device) -> Inputs:
 def base_config(folder: Path, sequence_length: int) -> PretrainedConfig:
     """Of the checkpoint in `folder`, whose code, if it has any, is never run. Raises ModelFileError when it is missing,
     damaged, of another family, quantized, or too short for `sequence_length`."""
-    values = read_json(folder / "config.json")
-    kind = values.get("model_type")
-    if "auto_map" in values:
-        raise ModelFileError(
-            f"{str(folder)!r} brings code of its own (auto_map), which is never run",
-            "use the model's version for transformers' own LLaMA",
-        )
-    if not isinstance(kind, str) or kind not in _FAMILIES:
-        what = f"{str(folder)!r} is of the family {str(kind)[:40]!r}"
-        raise ModelFileError(what, f"those that are trained: {', '.join(_FAMILIES)}")
-    if values.get("quantization_config"):
-        hint = "give the checkpoint it was made from; to train over 4 bits, add --qlora"
-        raise ModelFileError(f"{str(folder)!r} is quantized, and such weights cannot be trained", hint)
-    try:
-        config = _FAMILIES[kind][0].from_dict(values)
-    except Exception as error:  # transformers checks with many kinds of errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelFileError(f"config.json in {str(folder)!r} is wrong: {reason}", "get the checkpoint again") from None
-    _check_length(folder, config, sequence_length)
-    return config
-
-
-def _check_length(folder: Path, config: PretrainedConfig, sequence_length: int) -> None:
-    limit = config.max_position_embeddings
-    if window := getattr(config, "sliding_window", None):
-        limit = min(limit, window)  # attention.py has no window
+    found = read_configuration(folder / "config.json")
+    limit = min(found.context, found.sliding_window or found.context)  # attention.py has no window
     if sequence_length > limit:
         what = f"sequence_length={sequence_length} is over the {limit} tokens of {str(folder)!r}"
         raise ModelFileError(what, f"set sequence_length={limit}")
+    try:
+        return _config(found)
+    except Exception as error:  # transformers checks with many kinds of errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelFileError(f"config.json in {str(folder)!r} is wrong: {reason}", "get the checkpoint again") from None
 
 
 def shape_config(shape: ModelShape, vocabulary_size: int) -> PretrainedConfig:
-    """Of a new LLaMA. The ids of special tokens are not in it: `export` writes the tokenizer's."""
-    return LlamaConfig(
-        vocab_size=vocabulary_size,
+    """Of a new LLaMA."""
+    found = ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocabulary_size=vocabulary_size,
         hidden_size=shape.hidden_size,
-        intermediate_size=shape.feed_forward_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.context,
-        tie_word_embeddings=shape.tied_embeddings,
-        rms_norm_eps=shape.norm_epsilon,
-        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_base},
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+        feed_forward_size=shape.feed_forward_size,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_size=shape.hidden_size // shape.heads,
+        norm_epsilon=shape.norm_epsilon,
+        rope_base=shape.rope_base,
+        context=shape.context,
+        tied_embeddings=shape.tied_embeddings,
     )
+    return _config(found)
+
+
+def _config(found: ModelConfig) -> PretrainedConfig:
+    """transformers'. The ids of special tokens are not in it: `export` writes the tokenizer's."""
+    values: dict[str, Any] = {
+        "architectures": [found.architecture],
+        "vocab_size": found.vocabulary_size,
+        "hidden_size": found.hidden_size,
+        "intermediate_size": found.feed_forward_size,
+        "num_hidden_layers": found.layers,
+        "num_attention_heads": found.heads,
+        "num_key_value_heads": found.kv_heads,
+        "head_dim": found.head_size,
+        "max_position_embeddings": found.context,
+        "tie_word_embeddings": found.tied_embeddings,
+        "rms_norm_eps": found.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", **found.rope_scaling, "rope_theta": found.rope_base},
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+    if found.architecture == "MistralForCausalLM":
+        values["sliding_window"] = found.sliding_window
+    return _FAMILIES[found.architecture][0](**values)
 
 
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
@@ -181,7 +185,7 @@ def _empty(config: PretrainedConfig, settings: Settings) -> nn.Module:
     config.attention_dropout = settings.attention_dropout
     config.use_cache = False
     with torch.device("meta"):
-        return _FAMILIES[config.model_type][1](config)
+        return _FAMILIES[(config.architectures or [""])[0]][1](config)
 
 
 def _add_adapters(

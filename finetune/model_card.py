@@ -29,7 +29,7 @@ _LIMITS = """\
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """What the card tells of a run. `log` are the lines of log.jsonl; `seconds` counts training steps only."""
+    """What the card tells of a run. `log` are the lines of log.jsonl."""
 
     name: str
     base: str | None  # a folder's name or a hub id; None: from scratch

@@ -102,7 +102,7 @@ def parse_recipe(text: str, name: str, known: Sequence[str], folder: Path) -> Re
     """The recipe that the TOML text describes; its files are looked for in `folder`. Raises RecipeError."""
     try:
         tree = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of endless numbers
         raise RecipeError(f"the recipe {name!r} is not valid TOML: {error}", "its lines are KEY = VALUE") from None
     _check_keys(tree, ("description", "seed", "epochs", "sources"), f"the recipe {name!r}")
     sources = tree.get("sources")

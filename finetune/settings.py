@@ -69,7 +69,7 @@ class Settings:
     save_every: int = 200
     keep: int = 2  # checkpoints
     eval_every: int = 200  # 0: only at the end
-    spike_limit: float = 3.0  # nats over the mean of the last steps at which a loss stops the run; 0: none does
+    spike_limit: float = 3.0  # nats over what the last steps' losses vary by, at which one stops the run; 0: none does
     recompute: Literal["none", "selective", "full"] = "selective"  # of activations
     compile: bool = False
     deterministic: bool = False
@@ -81,7 +81,8 @@ class Settings:
     weights: dict[str, float] = field(default_factory=dict)  # times per epoch of each source's examples; unnamed: 1
 
 
-# What may differ when a run is resumed: where and how it is computed, watched and kept, up to the order of additions.
+# What may differ when a run is resumed: where and how it is computed, watched and kept. But for dropout's draws, which
+# go by micro-batch, the numbers stay the same up to the order of additions.
 FREE_KEYS = frozenset(
     ("micro_batch", "save_every", "keep", "eval_every", "spike_limit", "recompute", "compile", "deterministic")
 )
@@ -176,7 +177,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{str(path)!r} cannot be read: {error.strerror}", "check the path") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8, and of endless numbers
         raise SettingsError(f"{str(path)!r} is not valid TOML: {error}", "its lines are KEY = VALUE") from None
 
 
@@ -191,7 +192,7 @@ def _put(tree: dict[str, Any], key: str, text: str) -> None:
     """Set the key of a word; its value is read as TOML would read it, or is the text itself."""
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         value = {"True": True, "False": False}.get(text, text)
     table, dot, name = key.partition(".")
     if not dot:
@@ -272,6 +273,9 @@ def _check_together(settings: Settings) -> None:
     shape = settings.model
     if shape is None:
         return
+    if settings.lora is not None:
+        what = "adapters (lora) cannot go with model.* keys: new weights have nothing to adapt"
+        raise SettingsError(what, "give --base in place of model.*, or leave out --lora, --qlora and lora.* keys")
     if shape.hidden_size % (2 * shape.heads):
         what = f"model.hidden_size={shape.hidden_size} is no even multiple of model.heads={shape.heads}"
         raise SettingsError(what, "each head has the same even number of dimensions")

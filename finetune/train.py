@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ class Run:
     evaluate: Callable[[int], None]  # called on every rank with the steps done
     stops: Callable[[], Sequence[int]] = tuple  # signals received so far
     mfu: Callable[[float], float | None] = lambda _: None  # of tokens a second
+    base: str = ""  # of a frozen base, what tells it from others
     name_rows: Callable[[NDArray[np.int64]], str] = str  # where rows of the plan come from, for a person
     done: int = 0
     losses: list[float] = field(default_factory=list)  # of the last steps
@@ -156,12 +158,13 @@ def _backward(run: Run, first: int, batch: Batch, weight: float) -> torch.Tensor
 
 
 def _check(run: Run, loss: float, norm: float, rows: Sequence[NDArray[np.int64]], sums: Sequence[torch.Tensor]) -> None:
-    """Raise TrainingError, on every rank, when the loss or the gradient is no finite number, or the loss is more than
-    `spike_limit` nats above the mean of the last 50 steps (of which there must be 10)."""
+    """Raise TrainingError, on every rank, when the loss or the gradient is no finite number, or the loss a spike: over
+    `spike_limit` nats and three standard deviations above the mean of the last 50 steps (of which there must be 10).
+    Steps of few rows differ as their sources do, by nats; that is no spike."""
     recent = run.losses
-    mean = sum(recent) / len(recent) if len(recent) >= _ENOUGH else math.inf
-    limit = run.settings.spike_limit
-    if math.isfinite(loss) and math.isfinite(norm) and not (limit and loss > mean + limit):
+    mean = statistics.fmean(recent) if len(recent) >= _ENOUGH else math.inf
+    limit = run.settings.spike_limit + 3 * statistics.pstdev(recent or [0.0])
+    if math.isfinite(loss) and math.isfinite(norm) and not (run.settings.spike_limit and loss > mean + limit):
         return
     run.checkpoints.wait()
     worst = max(range(len(sums)), key=lambda number: _badness(sums[number]), default=0)
@@ -209,7 +212,7 @@ def state_of(run: Run) -> dict[str, Any]:
 
 def save(run: Run) -> None:
     """Write a checkpoint in the background."""
-    about = {"plan": run.plan.key, "settings": as_tree(run.settings), "losses": run.losses}
+    about = {"plan": run.plan.key, "base": run.base, "settings": as_tree(run.settings), "losses": run.losses}
     run.checkpoints.save(run.done, state_of(run), {**about, "total_steps": run.total_steps})
 
 

@@ -3,8 +3,9 @@ rank reads its own share only and no rank ever holds a whole large model."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PretrainedConfig
 
 from koala_local.errors import ModelFileError
+from koala_local.models.json_file import member, read_object
 
 from .dropout import seed_of
 from .sharding import plain_name
@@ -51,6 +53,12 @@ class StoredWeights:
     """A Hugging Face checkpoint's, lazily."""
 
     files: Mapping[str, OpenFile]  # of each tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the largest tensor. Raises ModelFileError."""
+        largest = max(self.files, key=lambda name: math.prod(self.files[name].shapes[name]))
+        return self.read(largest, slice(0, 1)).dtype
 
     def read(self, name: str, rows: slice) -> Tensor:
         """Raises ModelFileError when the file cannot be read."""
@@ -94,6 +102,16 @@ def stored_weights(folder: Path, model: nn.Module, config: PretrainedConfig) -> 
         shapes.pop("lm_head.weight", None)
     _compare(folder, wanted, shapes)
     return StoredWeights({name: found[name] for name in wanted})
+
+
+def fingerprint(folder: Path) -> str:
+    """Equal for checkpoints of equal weights: a hash of the first row of each tensor. Raises ModelFileError."""
+    stored, digest = open_checkpoint(folder), hashlib.sha256()
+    for name in sorted(stored.files):
+        row = stored.read(name, slice(0, 1)).contiguous()
+        digest.update(f"{name} {row.dtype} {stored.files[name].shapes[name]}".encode())
+        digest.update(row.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def open_checkpoint(folder: Path) -> StoredWeights:
@@ -149,19 +167,18 @@ def _all_tensors(folder: Path) -> dict[str, OpenFile]:
             return _indexed(folder, index)
     for single in _SINGLE:
         if (folder / single).is_file():
-            file = _open(folder / single)
+            file = _open(member(folder, single))
             return dict.fromkeys(file.shapes, file)
     hint = "give the folder of a Hugging Face checkpoint; other formats: `koala recover`"
     raise ModelFileError(f"{str(folder)!r} holds no {_SINGLE[0]}, no {_SINGLE[1]} and no index of several", hint)
 
 
 def _indexed(folder: Path, index: str) -> dict[str, OpenFile]:
-    files = read_json(folder / index).get("weight_map")
+    files = read_object(folder / index).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise ModelFileError(f"{index} names no files (weight_map)", _DAMAGED)
-    if strange := [name for name in files.values() if Path(name).name != name]:
-        raise ModelFileError(f"{index} names the file {strange[0][:_SHOWN]!r}, which is not in its folder", _DAMAGED)
-    opened = {file: _open(folder / file) for file in set(files.values())}
+    paths = {file: member(folder, file) for file in set(files.values())}
+    opened = {file: _open(path) for file, path in paths.items()}
     found = {name: opened[file] for name, file in files.items()}
     if absent := [name for name, file in found.items() if name not in file.shapes]:
         raise ModelFileError(f"{found[absent[0]].path.name} has no {absent[0][:_SHOWN]}; {index} says so", _DAMAGED)
@@ -174,6 +191,8 @@ def _open(path: Path) -> OpenFile:
         return _opened(path)
     except FileNotFoundError:
         raise ModelFileError(f"{str(path)!r} is missing", _DAMAGED) from None
+    except pickle.UnpicklingError:  # torch's words advise to run it
+        raise ModelFileError(f"{path.name} cannot be read: it holds more than tensors", _DAMAGED) from None
     except Exception as error:  # torch and safetensors raise many kinds for files that are damaged
         raise ModelFileError(f"{path.name} cannot be read: {_first_line(error)}", _DAMAGED) from None
 
@@ -188,19 +207,6 @@ def _opened(path: Path) -> OpenFile:
         raise ModelFileError(f"{path.name} holds something else than named tensors", _DAMAGED)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return OpenFile(path, shapes, lambda name, rows: tensors[name][rows])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises ModelFileError unless the file is a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"{str(path)!r} is missing", "give the folder of a Hugging Face checkpoint") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelFileError(f"{str(path)!r} cannot be read: {_first_line(error)}", _DAMAGED) from None
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{str(path)!r} is no JSON object", _DAMAGED)
-    return value
 
 
 def _compare(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

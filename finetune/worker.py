@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from .finish import finish
 from .job import Job
 from .launch import MEETING_FILE, Rank, current_rank
 from .live_views import TrainingView
-from .model import Trainee, base_config, build, compute_dtype, shape_config
+from .model import base_config, build, compute_dtype, shape_config
 from .optimizer import build_optimizer
 from .packing import PackPlan, make_plan
 from .run_log import RunLog
@@ -35,6 +37,7 @@ from .settings import Settings, as_tree, differences, settings_from
 from .throughput import Numbers, known_gpu, utilization, work_of
 from .tokens import DialogueTokenizer, check_matches
 from .train import Run, Step, restore, train
+from .weights import fingerprint
 
 CHECKPOINTS = "checkpoints"
 _EVALUATED = 256  # held-out dialogues of each source
@@ -58,12 +61,17 @@ def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> in
     plan = make_plan(
         corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
     )
-    _check_agreement(rank, {"the data": plan.key, "the settings": json.dumps(as_tree(settings))})
     total = min(plan.steps(settings.global_batch), settings.max_steps or plan.steps(settings.global_batch))
     saved = latest(job.out / CHECKPOINTS) if job.resume else None
+    base = fingerprint(job.base) if job.base else ""
+    here = {"data": plan.key, "settings": json.dumps(as_tree(settings)), "base": base}
+    check_agreement(rank, {**here, "newest checkpoint": saved.folder.name if saved else ""})
+    check_shared(rank, job.out)
+    frozen = base if settings.lora else ""
     if saved:
-        check_resumable(saved, settings, plan.key)
+        check_resumable(saved, settings, plan.key, frozen)
     run = _build(job, rank, device, plan, total, tokenizer)
+    run.base = frozen
     if saved:
         restore(run, saved)
     run.stops = lambda: received
@@ -95,7 +103,6 @@ def _build(job: Job, rank: Rank, device: torch.device, plan: PackPlan, total: in
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     trainee = build(config, job.base, settings, device=device, mesh=_mesh(settings, rank, device))
-    _keep_quantized(trainee)
     return Run(
         trainee=trainee,
         optimizer=build_optimizer(trainee, settings),
@@ -110,15 +117,6 @@ def _build(job: Job, rank: Rank, device: torch.device, plan: PackPlan, total: in
         mfu=_mfu(Numbers.of(config), settings, device, rank.world_size),
         name_rows=lambda rows: _origin(plan, rows),
     )
-
-
-def _keep_quantized(trainee: Trainee) -> None:
-    """On processors with bfloat16 bitsandbytes repacks 4-bit weights at the first evaluation, rounding their scales:
-    the base would not be the one that was trained on until then."""
-    modules: Iterable[Any] = trainee.modules()
-    for module in modules:
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _origin(plan: PackPlan, rows: Sequence[int] | NDArray[np.int64]) -> str:
@@ -153,11 +151,14 @@ def _evaluator(
     return look
 
 
-def check_resumable(saved: Saved, settings: Settings, plan_key: str) -> None:
-    """Raise KoalaError, saying what, when something changed that decides the numbers of the run."""
-    changed = differences(settings_from(saved.about["settings"]), settings)
-    if not changed and saved.about["plan"] != plan_key:
+def check_resumable(saved: Saved, settings: Settings, plan_key: str, base: str = "") -> None:
+    """Raise KoalaError, saying what, when something changed that decides the numbers of the run. `base` tells a base
+    that the checkpoint does not hold, since adapters alone are trained, from others."""
+    changed = differences(settings_from(dict(saved.about.get("settings") or {})), settings)
+    if not changed and saved.about.get("plan") != plan_key:
         changed = ["the data, its recipe or the tokenizer are others"]
+    if not changed and saved.about.get("base", "") != base:
+        changed = ["its adapters are over another base"]
     if changed:
         what = f"{str(saved.folder)!r} is of a run with other settings: {'; '.join(changed)}"
         raise KoalaError(what, "resume with what it was started with, or start a new run with another -o")
@@ -231,7 +232,24 @@ def _stops() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _check_agreement(rank: Rank, here: Mapping[str, str]) -> None:
+def check_shared(rank: Rank, out: Path) -> None:
+    """Raise KoalaError, on all ranks, unless they see the same output folder: each writes its part of a checkpoint."""
+    if rank.world_size == 1:
+        return
+    mark: list[Any] = [f".shared-{uuid4().hex}"]
+    if rank.first:
+        (out / mark[0]).touch()
+    dist.broadcast_object_list(mark, src=0)
+    seen: list[Any] = [None] * rank.world_size
+    dist.all_gather_object(seen, (out / mark[0]).exists())
+    if rank.first:
+        (out / mark[0]).unlink(missing_ok=True)
+    if not all(seen):
+        hint = "name a folder with -o on a file system that all machines share"
+        raise KoalaError(f"rank {seen.index(False)} does not see the folder {str(out)!r} of rank 0", hint)
+
+
+def check_agreement(rank: Rank, here: Mapping[str, str]) -> None:
     """Raise KoalaError unless all ranks are about to do the same."""
     everyone: list[Any] = [None] * rank.world_size
     dist.all_gather_object(everyone, dict(here))
@@ -239,4 +257,4 @@ def _check_agreement(rank: Rank, here: Mapping[str, str]) -> None:
         for number, there in enumerate(everyone):
             if there[what] != value:
                 hint = "start koala finetune with the same options and the same data on every machine"
-                raise KoalaError(f"{what} of rank {number} differ from those of rank 0", hint)
+                raise KoalaError(f"rank {number} has another {what} than rank 0", hint)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -111,6 +113,7 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
 def run(command: Callable[[], int | None], *, tracebacks: bool = False) -> int:
     """Run `command` and return the exit status: its own, or that of the error it ended with, which is printed."""
     _make_streams_utf8()
+    quiet_libraries()
     with _stop_signals():
         try:
             status = command() or Exit.OK
@@ -123,6 +126,12 @@ def run(command: Callable[[], int | None], *, tracebacks: bool = False) -> int:
     _abandon_if_broken(sys.stdout)
     _abandon_if_broken(sys.stderr)
     return status
+
+
+def quiet_libraries() -> None:
+    """Hide what libraries tell about things that a user cannot change; the first of it comes when they are imported."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def _report(error: BaseException, tracebacks: bool) -> Exit:

@@ -346,6 +346,7 @@ def _context_params(placement: Placement, kv_type: str) -> Any:
     params.n_ctx = placement.context
     params.n_batch = params.n_ubatch = _BATCH
     params.n_seq_max = SLOTS
+    params.n_outputs_max = _LOGIT_ROWS  # not fewer than slots; logits of a whole batch would take room on a GPU
     params.kv_unified = True  # copies share cells; without it a partial copy aborts the process
     params.n_threads = params.n_threads_batch = placement.threads or physical_cores()
     params.type_k = params.type_v = KV_TYPES[kv_type]

@@ -22,6 +22,14 @@ def repository_folder(repository: str) -> Path:
     return folder() / (_PREFIX + repository.replace("/", "--"))
 
 
+def repository_of(path: Path) -> str | None:
+    """The repository whose snapshot `path` is; None for any other folder."""
+    home = path.parent.parent
+    if path.parent.name != "snapshots" or not home.name.startswith(_PREFIX):
+        return None
+    return home.name.removeprefix(_PREFIX).replace("--", "/", 1)
+
+
 def repositories() -> list[str]:
     """The models that the cache holds something of."""
     try:

@@ -72,8 +72,12 @@ def fetch(text: str, wanted: HubReference, *, only_list: bool = False) -> Path |
     if fits(chosen.size) is False:
         console.warn(f"{chosen.choice} takes {_bytes(chosen.size)}, more than fits this machine well")
     console.note(_announcement(offer))
-    with console.progress("downloading", "B") as step:
-        return bring(offer, step)
+    try:
+        with console.progress("downloading", "B") as step:
+            return bring(offer, step)
+    except KeyboardInterrupt:
+        console.note("stopped; the same command goes on with what is there")
+        raise
 
 
 def _table(offer: Offer, fits: dict[int, bool | None]) -> str:

@@ -201,15 +201,15 @@ def _busy() -> list[Finding]:
     return []
 
 
-def too_large(models: Iterable[tuple[str, int]], ram_total: int | None, gpus: Iterable[Gpu]) -> list[Finding]:
-    """Models that are here, (name, bytes), and can never fit this machine."""
+def too_large(models: Iterable[tuple[str, int, bool]], ram_total: int | None, gpus: Iterable[Gpu]) -> list[Finding]:
+    """Models that are here, (name, bytes, whether it is the hub's), and can never fit this machine."""
     room = None if ram_total is None else ram_total + sum(gpu.total for gpu in gpus if not gpu.integrated)
     return [
         Finding(
             f"{name} takes {size(count)}, this machine has {size(room)}: it will read the disk for every token",
-            f"take a smaller type of it: koala pull {name.partition(':')[0]} --list",
+            "take a smaller type of it" + (f": koala pull {name.partition(':')[0]} --list" if of_hub else ""),
         )
-        for name, count in models
+        for name, count, of_hub in models
         if room is not None and count > room
     ]
 
@@ -245,11 +245,12 @@ def _hub_cache() -> Path:
     return cache.folder()
 
 
-def _known_sizes() -> list[tuple[str, int]]:
+def _known_sizes() -> list[tuple[str, int, bool]]:
     from koala_local.models import store
 
     with suppress(OSError, KoalaError):
-        return [(homeless(model.reference), model.size) for model in store.known() if model.size is not None]
+        sized = [(model, model.size) for model in store.known() if model.size is not None]
+        return [(homeless(model.reference), count, model.repository is not None) for model, count in sized]
     return []
 
 

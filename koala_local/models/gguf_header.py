@@ -6,6 +6,7 @@ same bytes in C++; what would make it abort and can be seen here is refused here
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import mmap
@@ -115,7 +116,9 @@ def _mapped(path: Path, file: BinaryIO) -> mmap.mmap:
     try:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise ModelFileError(f"{str(path)!r} cannot be read: {error}", "copy it to a local disk") from None
+        full = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        hint = "the memory of this program is limited: see `ulimit -v`" if full else "copy it to a local disk"
+        raise ModelFileError(f"{str(path)!r} cannot be read: {error}", hint) from None
 
 
 class _Reader:

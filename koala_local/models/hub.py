@@ -74,7 +74,7 @@ def _checked(repository: str, sibling: Any) -> File:
     """One entry of the listing. Raises HubError for anything that could lead out of the cache."""
     name = sibling.rfilename
     if not is_safe_name(name):
-        raise HubError(f"{repository} names a file {str(name)[:120]!r}, which leads out of its folder", _ODD)
+        raise HubError(f"{repository} names a file {str(name)[:120]!r}, which may lead out of its folder", _ODD)
     lfs = sibling.lfs
     size, oid = (lfs.size, lfs.sha256) if lfs else (sibling.size, sibling.blob_id)
     if type(size) is not int or not 0 <= size < _LARGEST or not is_oid(oid) or (lfs and len(oid) != 64):
@@ -191,7 +191,8 @@ def _explain(error: Exception, reference: HubReference) -> NoReturn:
         case OfflineModeIsEnabled():
             raise UnreachableError("HF_HUB_OFFLINE is set: nothing is downloaded", _OFFLINE_HINT) from None
         case ValueError():
-            what, hint = f"the hub's answer about {name} makes no sense ({_reason(error)})", _ODD
+            what = f"the hub's answer about {name} makes no sense ({_reason(error)})"
+            hint = "something between may have answered for it, such as a proxy or a sign-in page: try again later"
         case _:
             raise UnreachableError(f"the hub cannot be reached: {_reason(error)}", _OFFLINE_HINT) from None
     raise HubError(what, hint) from None

@@ -17,7 +17,7 @@ from koala_local.models.shape import Shape
 
 DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
 _SHORTEST = 2048  # tokens of context that are not given up
-_TOKENS, _OUTPUTS, _SLOTS = 512, 512, 16  # a batch, logits reserved in it, sequences: as the engine asks llama.cpp
+_TOKENS, _OUTPUTS, _SLOTS = 512, 64, 16  # a batch, logits reserved in it, sequences: as the engine asks llama.cpp
 _STEP = 256  # llama.cpp rounds the context up to this
 _KV_BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}  # values per block, bytes per block
 _TOKEN_BYTES = 200  # of llama.cpp's vocabulary, beside the file
@@ -155,7 +155,7 @@ def _resident(shape: Shape, choice: Choice) -> int:
 
 
 def _reserved(shape: Shape, choice: Choice) -> int:
-    """The compute buffer as it is allocated: room for the logits of a whole batch, too."""
+    """The compute buffer as it is allocated: room for the logits, too."""
     logits = _OUTPUTS * shape.vocabulary * 4 + 2 * _TOKENS * shape.embedding * 4
     return max(_resident(shape, choice), logits)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from koala_local.models import cache
 from koala_local.models.devices import Machine
 from koala_local.models.gguf_header import GgufHeader, LongArray, read_header
 from koala_local.models.memory import Plan, Wish, fit
@@ -133,7 +134,7 @@ def _describe_folder(folder: Path) -> About:
     template = read_optional(folder / "tokenizer_config.json").get("chat_template")
     kv = 2 * config.layers * config.kv_heads * config.head_size * 4 * min(config.context, 4096)
     return About(
-        name=folder.name,
+        name=cache.repository_of(folder) or folder.name,
         kind="gptq",
         path=folder,
         architecture=config.architecture,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from koala_local import console
+from koala_local.errors import ModelFileError
 
 if TYPE_CHECKING:
     from koala_local.models.show import About
@@ -24,9 +25,14 @@ def show(reference: str, context: int | None, as_json: bool) -> None:
     from koala_local.models import show as facts
     from koala_local.models.devices import this_machine
     from koala_local.models.memory import Wish
-    from koala_local.models.resolve import resolve
+    from koala_local.models.resolve import NotHereError, resolve
 
-    about = facts.describe(resolve(reference, None), this_machine(), Wish(context))
+    try:
+        path = resolve(reference, None)
+    except NotHereError as error:
+        hint = f"koala pull {reference} --list shows its types and which fit here; koala pull {reference} downloads it"
+        raise ModelFileError(error.message, hint) from None
+    about = facts.describe(path, this_machine(), Wish(context))
     if as_json:
         console.json_line(facts.as_json(about))
         return

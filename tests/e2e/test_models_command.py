@@ -95,6 +95,11 @@ def test_only_the_list_of_types(machine: Machine) -> None:
     assert machine.hub.served == 0
 
 
+def test_show_of_what_is_not_here_says_how_to_look_first(machine: Machine) -> None:
+    missing = machine.koala("show", "koala-13b")
+    assert missing.returncode == 1 and b"koala pull koala-13b --list" in missing.stderr
+
+
 def test_an_alias_is_pulled_and_talked_to(machine: Machine) -> None:
     missing = machine.koala("chat", "koala-13b", "-p", "hi")
     assert missing.returncode == 1
@@ -128,8 +133,8 @@ def test_ctrl_c_and_then_the_rest(machine: Machine, content: bytes) -> None:
     while machine.hub.served < 500_000 and time.monotonic() < deadline:
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    child.communicate(timeout=20)
-    assert child.returncode == 130
+    _, told = child.communicate(timeout=20)
+    assert child.returncode == 130 and b"the same command goes on" in told
     machine.hub.delay, first = 0.0, machine.hub.served
     rest = machine.koala("pull", f"{NAME}:Q8_0")
     assert rest.returncode == 0, rest.stderr.decode()

@@ -1,11 +1,7 @@
-"""What `test_sharding` looks at, computed by one rank and by two: `python -m tests.unit.finetune.ranks FOLDER BASE`.
-Both ranks are forked from one process, so that the libraries are imported once."""
+"""What `test_sharding` looks at, computed without ranks, by one, and by two."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +16,6 @@ from koala_local.finetune.model import Trainee, base_config, build, inputs_of, s
 from koala_local.finetune.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate
 from koala_local.finetune.settings import LoraSettings, Settings
 from koala_local.finetune.sharding import plain_name
-from torch.distributed import FileStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -52,7 +47,7 @@ def train(settings: Settings, mesh: DeviceMesh | None) -> tuple[Trainee, list[tu
     assert settings.model
     model = build(shape_config(settings.model, VOCABULARY), None, settings, device=CPU, mesh=mesh)
     optimizer, found = build_optimizer(model, settings), []
-    rank, ranks = (mesh.get_rank(), mesh.size()) if mesh else (0, 1)
+    rank, ranks = (mesh.get_local_rank(), mesh.size()) if mesh else (0, 1)
     for step in range(STEPS):
         whole = float(sum(np.sum(each.weights, dtype=np.float64) for each in rows()))
         total = torch.zeros((), dtype=torch.float64)
@@ -62,7 +57,7 @@ def train(settings: Settings, mesh: DeviceMesh | None) -> tuple[Trainee, list[tu
                 loss.backward()
             total += loss.detach()
         if mesh:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=mesh.get_group())
         norm = clip_gradients(model.parameters(), settings.clip)
         set_learning_rate(optimizer, learning_rate(step, STEPS, settings))
         optimizer.step()
@@ -97,36 +92,11 @@ def results(base: Path, mesh: DeviceMesh | None) -> dict[str, Any]:
     return found
 
 
-def as_rank(folder: Path, base: Path, rank: int, ranks: int) -> None:
-    store = FileStore(str(folder / f"store{ranks}"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    found = results(base, init_device_mesh("cpu", (ranks,)))
-    torch.save(found, folder / f"{ranks}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def main() -> None:
-    folder, base = Path(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    for name in ("peft.tuners.lora.bnb", "bitsandbytes"):
-        importlib.import_module(name)  # once, not in each child
-    children = []
-    for rank, ranks in ((0, 1), (0, 2), (1, 2)):
-        if child := os.fork():
-            children.append(child)
-            continue
-        code = 1
-        try:
-            as_rank(folder, base, rank, ranks)
-            code = 0
-        finally:
-            sys.stderr.flush()
-            sys.excepthook(*sys.exc_info()) if code else None
-            os._exit(code)
-    torch.save(results(base, None), folder / "0-0.pt")
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
-
-
-if __name__ == "__main__":
-    main()
+def of_ranks(folder: Path, base: Path) -> None:
+    """To be run by both of two ranks: as two, and then each as a mesh of one."""
+    number = dist.get_rank()
+    torch.save(results(base, init_device_mesh("cpu", (2,))), folder / f"2-{number}.pt")
+    alone = init_device_mesh("cpu", (2, 1), mesh_dim_names=("ranks", "alone"))["alone"]
+    found = results(base, alone)
+    if number == 0:
+        torch.save(found, folder / "1-0.pt")

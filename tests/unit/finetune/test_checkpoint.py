@@ -153,6 +153,9 @@ class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("ran",)
 
+    def __deepcopy__(self, _: object) -> _Evil:
+        return self
+
 
 def test_no_code_in_a_checkpoint_is_run(
     checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +172,22 @@ def test_no_code_in_a_checkpoint_is_run(
     (folder / "run.json").write_text(json.dumps(about))
     saved = latest(checkpoints.folder)
     assert saved
-    with pytest.raises(CheckpointError, match="mkdir"):
+    with pytest.raises(CheckpointError, match=r"names .*mkdir"):
+        load(saved, state(0.0))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_code_in_the_place_of_a_tensor_is_run(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch keeps what is no tensor in pickles, and would take one for a tensor's."""
+    monkeypatch.chdir(tmp_path)
+    evil = state(1.0)
+    evil["model"]["weight"] = _Evil()
+    checkpoints.save(1, evil, {})
+    checkpoints.wait()
+    saved = latest(checkpoints.folder)
+    assert saved
+    with pytest.raises(CheckpointError, match=r"model\.weight holds more than plain values"):
         load(saved, state(0.0))
     assert not (tmp_path / "ran").exists()

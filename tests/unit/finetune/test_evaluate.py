@@ -167,10 +167,8 @@ def _on_two_ranks() -> tuple[dict[str, Any], list[float]]:
     return found.values(), [float(each.full_tensor().double().sum()) for each in state.values()]
 
 
-def test_two_ranks_share_the_rows_and_agree(tmp_path: Path) -> None:
-    ranks = TwoRanks(tmp_path / "meeting")
+def test_two_ranks_share_the_rows_and_agree(ranks: TwoRanks) -> None:
     (one, sums), (other, _) = ranks.run(_on_two_ranks)
-    ranks.close()
     model = trainee(Settings(model=SHAPE, sequence_length=64, dropout=0.3, recompute="none"))
     rows: Any = held_out()
     alone_ = evaluate(model, {"own": rows}, micro_batch=2, rank=Rank(), device=CPU).values()

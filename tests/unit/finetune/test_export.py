@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from koala_local.convert.checkpoint import open_checkpoint
 from koala_local.convert.vocabulary import read_vocabulary
 from koala_local.finetune import export as module
 from koala_local.finetune.export import SpecialIds, export, exported_weights
-from koala_local.finetune.model import Trainee, build, shape_config
+from koala_local.finetune.model import Trainee, base_config, build, shape_config
 from koala_local.finetune.settings import Settings
 from koala_local.finetune.tokens import DialogueTokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from koala_local.dialogue import KOALA_TEMPLATE, Dialogue, Turn
-from koala_local.errors import KoalaError
+from koala_local.errors import KoalaError, ModelFileError
 from tests.checkpoint_maker import tokenizer_model
 from tests.unit.finetune.tiny import CPU, SHAPE
 from tests.unit.finetune.toy import TwoRanks
@@ -187,11 +189,9 @@ def _export_sharded(tokenizer: Path, out: Path, blocked: Path) -> list[str]:
     return said
 
 
-def test_two_ranks_write_what_one_does_and_fail_together(tmp_path: Path, tokenizer: Path) -> None:
+def test_two_ranks_write_what_one_does_and_fail_together(tmp_path: Path, tokenizer: Path, ranks: TwoRanks) -> None:
     (tmp_path / "blocked").write_text("a file")
-    ranks = TwoRanks(tmp_path / "meeting")
     said = ranks.run(_export_sharded, tokenizer, tmp_path / "two", tmp_path / "blocked")
-    ranks.close()
     assert said == [[f"{str(tmp_path / 'blocked')!r} holds a checkpoint already"]] * 2
     settings = Settings(model=SHAPE, recompute="none", dropout=0.0)
     model = build(shape_config(SHAPE, DialogueTokenizer(tokenizer).size), None, settings, device=CPU, mesh=None)
@@ -200,3 +200,56 @@ def test_two_ranks_write_what_one_does_and_fail_together(tmp_path: Path, tokeniz
     assert names == {path.name for path in (tmp_path / "two").iterdir()}
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_a_mistral_stays_one(tmp_path: Path, tokenizer: Path) -> None:
+    size = DialogueTokenizer(tokenizer).size
+    llama: Any = shape_config(SHAPE, size)
+    MistralForCausalLM(MistralConfig(**_sizes(llama), sliding_window=96)).save_pretrained(tmp_path / "base")
+    config = base_config(tmp_path / "base", 64)
+    model = build(config, tmp_path / "base", Settings(dropout=0.0, recompute="none"), device=CPU, mesh=None)
+    written(model, tmp_path / "out", tokenizer, dtype="float32")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="sdpa")
+    assert isinstance(loaded, MistralForCausalLM)
+    assert (loaded.config.sliding_window, loaded.config.num_key_value_heads) == (96, SHAPE.kv_heads)
+    converted = open_checkpoint(tmp_path / "out").config
+    assert (converted.architecture, converted.sliding_window) == ("MistralForCausalLM", 96)
+    ids = [1, 5, 9, 30, 7, 2]
+    torch.testing.assert_close(loaded(torch.tensor([ids])).logits[0], logits_of(model, ids), rtol=0, atol=1e-6)
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return {name: getattr(config, name) for name in (*names, "num_key_value_heads", "max_position_embeddings")}
+
+
+def test_weights_are_taken_one_at_a_time(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As merged ones are made: no more of them are there than a shard has."""
+    model = trainee(tokenizer)
+    shards: list[int] = []
+    made: list[str] = []
+
+    def making() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in exported_weights(model.model).items():
+            made.append(name)
+            yield name, weight
+
+    def saved(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        shards.append(len(made))
+        save_file(tensors, path, **options)
+
+    monkeypatch.setattr(module, "save_file", saved)
+    export(making(), model.config, tmp_path / "out", tokenizer, IDS, shard_bytes=20_000)
+    assert len(shards) > 2 and shards[0] < len(made) / 2
+
+
+def test_weights_that_cannot_be_read_leave_nothing(tmp_path: Path, tokenizer: Path) -> None:
+    model = trainee(tokenizer)
+
+    def making() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "model.norm.weight", torch.ones(4)
+        raise ModelFileError("model.safetensors: lm_head.weight cannot be read", "get it again")
+
+    with pytest.raises(KoalaError, match=r"lm_head\.weight cannot be read"):
+        export(making(), model.config, tmp_path / "out", tokenizer, IDS)
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import click
 import pytest
 import torch
 from koala_local.finetune.command import finetune
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from koala_local.errors import KoalaError, OutOfMemoryError
@@ -162,7 +163,6 @@ def test_data_that_is_not_there(tmp_path: Path, tokenizer: Path) -> None:
     [
         (["--tokenizer", "{tokenizer}"], "--base"),
         ([*SHAPE], "--tokenizer"),
-        (["--tokenizer", "{tokenizer}", "--lora", *SHAPE], "need --base"),
         (["--base", "{tokenizer}", *SHAPE], "exclude each other"),
         (["--tokenizer", "{tokenizer}", "--rendezvous", "host:1", *SHAPE], "--nodes"),
         (["--tokenizer", "{tokenizer}", "--gpus", "-1", *SHAPE], "--gpus"),
@@ -181,31 +181,45 @@ def test_a_command_line_that_makes_no_sense(
     assert not (tmp_path / "run").exists()
 
 
+def test_adapters_without_a_base(tmp_path: Path, data: Path, tokenizer: Path) -> None:
+    new = ("--data", data, "--tokenizer", tokenizer, "-o", tmp_path / "run", "--gpus", "0", *SHAPE)
+    for more in ("--lora", "--qlora", "lora.rank=4"):
+        error = fails(*new, more)
+        assert "nothing to adapt" in error.message and "--base" in error.hint
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_setting_that_there_is_not(tmp_path: Path, data: Path, tokenizer: Path) -> None:
     new = ("--data", data, "--tokenizer", tokenizer, "-o", tmp_path / "run", "--gpus", "0", *SHAPE)
     assert "learning_rate" in fails(*new, "learnig_rate=1").hint
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("option", ["--lora", "--qlora"])
-def test_adapters_are_merged_into_the_base(tmp_path: Path, data: Path, tokenizer: Path, option: str) -> None:
-    base = make_base(tmp_path / "base", tokenizer)
-    out = tmp_path / "run"
-    assert run("--base", base, "--data", data, "-o", out, "--gpus", "0", option, *SETTINGS, "max_steps=3") == 0
-    before = LlamaForCausalLM.from_pretrained(base).state_dict()
-    after = LlamaForCausalLM.from_pretrained(out).state_dict()
-    assert before.keys() == after.keys()
-    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    assert changed == {name for name in before if name.endswith("_proj.weight")}
-
-
 @pytest.mark.parametrize("more", [[], ["--lora"], ["--qlora"]])
-def test_evaluation_changes_nothing(tmp_path: Path, data: Path, tokenizer: Path, more: list[str]) -> None:
-    base = make_base(tmp_path / "base", tokenizer)
-    new: list[str | Path] = ["--base", base, "--data", data, "--gpus", "0", *more, *SETTINGS, "max_steps=4"]
-    assert run(*new, "-o", tmp_path / "without") == 0
-    assert run(*new, "-o", tmp_path / "with", "eval_every=1") == 0
-    assert losses(tmp_path / "with") == losses(tmp_path / "without")
+def test_evaluation_changes_nothing_and_adapters_are_merged_into_the_base(
+    tmp_path: Path, data: Path, tokenizer: Path, more: list[str]
+) -> None:
+    base, out = make_base(tmp_path / "base", tokenizer), tmp_path / "without"
+    new: list[str | Path] = ["--base", base, "--data", data, "--gpus", "0", *more, *SETTINGS, "max_steps=3"]
+    given = ["--tokenizer", base / "tokenizer.model"] if more else []  # a file will do as well
+    assert run(*new, *given, "-o", out) == 0
+    assert run(*new, "-o", tmp_path / "with", "eval_every=2") == 0
+    assert losses(tmp_path / "with") == losses(out)
+    before, after = (LlamaForCausalLM.from_pretrained(folder).state_dict() for folder in (base, out))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight") or not more}
+    assert (out / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
+
+
+def test_adapters_keep_the_type_of_their_base(tmp_path: Path, data: Path, tokenizer: Path) -> None:
+    base, out = make_base(tmp_path / "base", tokenizer), tmp_path / "run"
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float16)
+    model.save_pretrained(base)
+    assert run("--base", base, "--data", data, "--gpus", "0", "--lora", *SETTINGS, "max_steps=1", "-o", out) == 0
+    weights = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
+    assert torch.equal(weights["model.embed_tokens.weight"], model.model.embed_tokens.weight)
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float16"
 
 
 def test_a_recipe_decides_epochs_and_weights_unless_told_otherwise(

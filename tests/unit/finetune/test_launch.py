@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from koala_local.finetune import launch as launching
 from koala_local.finetune.launch import (
     MEETING_FILE,
@@ -22,6 +25,7 @@ from koala_local.finetune.launch import (
     launch,
     take_given_rank,
 )
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from koala_local.errors import KoalaError
 
@@ -43,16 +47,14 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def two_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> Place:
-    """As --gpus 2 would be, on the processor."""
+    """As --gpus 2 would be, on the processor, where ranks may be forked from a process that has imported torch."""
     monkeypatch.setattr(launching, "check_place", lambda _: None)
+    monkeypatch.setattr(launching, "START_METHOD", "forkserver")
+    multiprocessing.set_forkserver_preload(["tests.finetune_preload", HERE])
     return Place(gpus=2)
 
 
 def meet(folder: Path) -> int:
-    import torch
-    import torch.distributed as dist
-    from torch.distributed import FileStore  # type: ignore[attr-defined]
-
     rank = current_rank()
     store = FileStore(os.environ[MEETING_FILE], rank.world_size)
     dist.init_process_group("gloo", store=store, rank=rank.number, world_size=rank.world_size)
@@ -64,10 +66,6 @@ def meet(folder: Path) -> int:
 
 def fail(how: str) -> int:
     """Rank 1 ends in some way while rank 0 waits for it."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed import FileStore  # type: ignore[attr-defined]
-
     rank = current_rank()
     store = FileStore(os.environ[MEETING_FILE], rank.world_size)
     dist.init_process_group("gloo", store=store, rank=rank.number, world_size=rank.world_size)
@@ -154,8 +152,6 @@ def test_one_process_needs_no_other() -> None:
 
 
 def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LaunchError, match="--gpus 8, but this machine has none") as caught:
         check_place(Place(gpus=8))

@@ -46,8 +46,19 @@ def test_options_and_a_model_from_scratch() -> None:
 
 
 def test_a_tree_there_and_back() -> None:
-    settings = read_settings(words=[*SHAPE, "model.context=4096", "weights.a=2", "max_steps=7"], four_bit=True)
-    assert settings_from(as_tree(settings)) == settings
+    for shape, four_bit in (([*SHAPE, "model.context=4096"], False), ([], True)):
+        settings = read_settings(words=[*shape, "weights.a=2", "max_steps=7"], four_bit=four_bit)
+        assert settings_from(as_tree(settings)) == settings
+
+
+def test_adapters_of_a_new_model() -> None:
+    with pytest.raises(SettingsError, match="nothing to adapt"):
+        read_settings(words=[*SHAPE, "model.context=4096"], lora=True)
+
+
+def test_an_endless_number() -> None:
+    with pytest.raises(SettingsError, match="is '9999"):
+        read_settings(words=["learning_rate=" + "9" * 5000])
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,28 +12,20 @@ from koala_local.finetune.settings import LoraSettings, ModelShape, Settings
 from koala_local.finetune.sharding import Recompute, plain_name
 from torch.profiler import ProfilerActivity, profile
 
-from .ranks import ON_ONE_RANK, TRAINED
+from .ranks import ON_ONE_RANK, TRAINED, of_ranks
+from .ranks import results as of_mesh
 from .tiny import CPU, SETTINGS, batch, checkpoint, trainee
+from .toy import TwoRanks
 
 Results = dict[str, Any]  # of no mesh ("0-0"), of a mesh of one ("1-0"), of both ranks of two ("2-0", "2-1")
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory, ranks: TwoRanks) -> Results:
     folder = tmp_path_factory.mktemp("ranks")
     base = checkpoint(folder / "base")
-    command = [sys.executable, "-m", "tests.unit.finetune.ranks", str(folder), str(base)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[3],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    ranks.run(of_ranks, folder, base)
+    torch.save(of_mesh(base, None), folder / "0-0.pt")
     return {file.stem: torch.load(file, weights_only=False) for file in folder.glob("*.pt")}
 
 

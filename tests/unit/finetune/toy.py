@@ -100,7 +100,8 @@ class TwoRanks:
     """Two processes with a process group. What they import is imported once, whatever they are then asked to do."""
 
     def __init__(self, meeting: Path) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.finetune_preload"])
         self._pipes, self._ranks = [], []
         for number in range(2):
             here, there = context.Pipe()

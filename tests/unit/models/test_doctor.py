@@ -67,9 +67,11 @@ def test_a_build_without_the_cpus_instructions_is_found() -> None:
 
 
 def test_models_larger_than_the_machine_are_found() -> None:
-    models = [("big:Q8_0", 20 << 30), ("small", 1 << 30)]
+    models = [("big:Q8_0", 20 << 30, True), ("small", 1 << 30, True)]
     (found,) = doctor.too_large(models, 16 << 30, [])
     assert found.what.startswith("big:Q8_0 takes 21.47 GB") and "koala pull big --list" in found.remedy
+    (own,) = doctor.too_large([("mine", 20 << 30, False)], 16 << 30, [])
+    assert "koala pull" not in own.remedy
     assert doctor.too_large(models, 16 << 30, [CARD]) == []
     assert doctor.too_large(models, None, []) == []
 

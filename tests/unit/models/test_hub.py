@@ -288,7 +288,7 @@ def test_an_incomplete_folder_is_not_found(server: Hub) -> None:
 def test_hostile_names_are_refused_before_any_path_is_made(server: Hub, tmp_path: Path, bad: str) -> None:
     server.repos[NAME].files[bad] = b"GGUF"
     error = refused()
-    assert "leads out of its folder" in error.message
+    assert "may lead out of its folder" in error.message
     assert error.message.isprintable()
     assert not cache.folder().exists()
     assert [path.name for path in tmp_path.iterdir()] == []
@@ -322,6 +322,11 @@ def test_odd_answers(server: Hub, answer: bytes) -> None:
     server.answer = answer
     refused()
     assert not cache.folder().exists()
+
+
+def test_a_web_page_in_place_of_an_answer_may_be_the_networks(server: Hub) -> None:
+    server.answer = b"<html>Please sign in</html>"
+    assert "sign-in page" in refused().hint
 
 
 def test_a_gated_repository(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

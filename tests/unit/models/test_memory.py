@@ -83,6 +83,15 @@ def test_the_parts_are_what_llama_cpp_reports(tmp_path: Path, wide: int, context
     assert parts.compute / 2**20 == pytest.approx(reports.mebibytes("compute"), rel=tolerance)
 
 
+def test_the_logits_of_a_large_vocabulary_are_reserved_as_planned(tmp_path: Path) -> None:
+    words = [(f"word{number}", int(gguf.TokenType.NORMAL)) for number in range(40_000)]
+    path = make_model(tmp_path / "model.gguf", extra_tokens=words)
+    header = read_header(path)
+    shape = read_shape(header, header.tensors)
+    on_gpu = estimate(shape, machine(gpu=24), Choice(512, "f16", shape.placeable))
+    assert on_gpu.gpu_compute / 2**20 == pytest.approx(reported(path, 512, "f16").mebibytes("compute"), rel=0.02)
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_K_M", "Q2_K", "Q5_K_M", "Q6_K", "Q8_0", "IQ4_NL"])
 def test_reordered_weights_are_those_that_llama_cpp_reorders(tmp_path: Path, name: str) -> None:
     full, small = make_model(tmp_path / "full.gguf", embedding=256, feed_forward=512), tmp_path / "small.gguf"

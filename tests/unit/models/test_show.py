@@ -72,6 +72,12 @@ def test_a_gptq_folder(tmp_path: Path) -> None:
     assert {part.type: part.tensors for part in about.tensor_types} == {"I32": 1, "F16": 2}
 
 
+def test_a_gptq_folder_in_the_cache_has_its_repositorys_name(tmp_path: Path) -> None:
+    folder = tmp_path / "models--TheBloke--koala-13B-GPTQ" / "snapshots" / ("a" * 40)
+    folder.parent.mkdir(parents=True)
+    assert show.describe(gptq_folder(folder), HERE, Wish()).name == "TheBloke/koala-13B-GPTQ"
+
+
 @pytest.mark.parametrize(
     "entry",
     [

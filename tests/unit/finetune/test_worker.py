@@ -1,0 +1,72 @@
+"""What ranks hold against each other before they begin, and a run against its checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from koala_local.finetune.checkpoint import Saved
+from koala_local.finetune.launch import Rank
+from koala_local.finetune.settings import LoraSettings, Settings, as_tree
+from koala_local.finetune.weights import fingerprint
+from koala_local.finetune.worker import check_agreement, check_resumable, check_shared
+from safetensors.torch import load_file, save_file
+
+from koala_local.errors import KoalaError
+from tests.unit.finetune.tiny import checkpoint
+from tests.unit.finetune.toy import TwoRanks
+
+
+def _here() -> Rank:
+    return Rank(dist.get_rank(), 2, dist.get_rank())
+
+
+def _agree(*keys: str) -> str:
+    try:
+        check_agreement(_here(), {"data": keys[_here().number], "settings": "equal"})
+    except KoalaError as error:
+        return error.message
+    return ""
+
+
+def _share(*folders: Path) -> str:
+    try:
+        check_shared(_here(), folders[_here().number])
+    except KoalaError as error:
+        return error.message
+    return ""
+
+
+def test_ranks_that_are_about_to_do_different_things_end_together(ranks: TwoRanks) -> None:
+    assert ranks.run(_agree, "one", "one") == ["", ""]
+    assert ranks.run(_agree, "one", "other") == ["rank 1 has another data than rank 0"] * 2
+
+
+def test_an_output_folder_that_is_not_shared(tmp_path: Path, ranks: TwoRanks) -> None:
+    """Each rank would write its part of a checkpoint where the others' are not."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+    assert ranks.run(_share, tmp_path / "one", tmp_path / "one") == ["", ""]
+    said = ranks.run(_share, tmp_path / "one", tmp_path / "other")
+    assert said[0].startswith("rank 1 does not see the folder") and said[1].startswith("rank 1 does not see")
+    assert not list(tmp_path.glob("*/.*"))
+
+
+def test_a_base_is_told_from_others_of_its_shape(tmp_path: Path) -> None:
+    first, again = checkpoint(tmp_path / "first"), checkpoint(tmp_path / "again", shard="1GB")
+    assert fingerprint(first) == fingerprint(again)
+    tensors = load_file(again / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] += 1
+    save_file(tensors, again / "model.safetensors")
+    assert fingerprint(first) != fingerprint(again)
+
+
+def test_adapters_are_not_resumed_over_another_base() -> None:
+    settings = Settings(lora=LoraSettings())
+    saved = Saved(Path("step-00000003"), 3, {"plan": "p", "base": "llama", "settings": as_tree(settings)})
+    check_resumable(saved, settings, "p", "llama")
+    with pytest.raises(KoalaError, match="over another base"):
+        check_resumable(saved, settings, "p", "koala")
+    with pytest.raises(KoalaError, match="the data"):
+        check_resumable(saved, settings, "q", "llama")

@@ -12,6 +12,7 @@ from koala_local.chat.ledger import Ledger, Overflow
 from koala_local.chat.placement import load_planned
 from koala_local.dialogue import PromptFormat
 from koala_local.errors import ModelFileError
+from koala_local.models import cache
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probe
 from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish
@@ -52,7 +53,7 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        return self.header.name if self.header else self.path.name
+        return self.header.name if self.header else cache.repository_of(self.path) or self.path.name
 
     def ledger(self, overflow: Overflow) -> Ledger:
         return Ledger(self.engine, self.format, overflow)
@@ -64,7 +65,7 @@ class LoadedModel:
     def licence_notice(self) -> str:
         """What the banner must say about the licence, or nothing."""
         licence = self.header.licence if self.header else None
-        if "koala" in f"{self.name} {self.path.name}".lower() and (licence or "").lower() != "apache-2.0":
+        if "koala" in f"{self.name} {_file_name(self.path)}".lower() and (licence or "").lower() != "apache-2.0":
             return _RESEARCH_ONLY
         return ""
 
@@ -135,12 +136,17 @@ def _choose_format(
     return pick_format(
         template,
         model_name=header.name if header else "",
-        file_name=path.name,
+        file_name=_file_name(path),
         template=header.chat_template if header else _folder_template(path),
         vocabulary=vocabulary,
         bos_text=texts.get(vocabulary.bos, "") if vocabulary.bos is not None else "",
         eos_text=texts.get(vocabulary.eos, "") if vocabulary.eos is not None else "",
     )
+
+
+def _file_name(path: Path) -> str:
+    """The name that tells what a model is: a snapshot in the hub's cache is named after its commit."""
+    return (cache.repository_of(path) or path.name).rpartition("/")[2]
 
 
 def _folder_template(folder: Path) -> str | None:

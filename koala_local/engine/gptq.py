@@ -22,6 +22,7 @@ from koala_local.engine.gptq_sampler import TorchSampler
 from koala_local.engine.gptq_tokenizer import Expected, GptqTokenizer
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMemoryError
+from koala_local.models.cache import repository_of
 
 SLOTS = 4  # copies share nothing: each held branch takes memory of its own
 _BATCH = 64  # tokens between two looks at `interrupt`
@@ -57,7 +58,7 @@ class GptqEngine:
         tokenizer = GptqTokenizer(folder, Expected(settings.vocabulary_size, settings.bos, settings.eos))
         cuda = torch.cuda.is_available()
         place = Placement("cuda", torch.float16) if cuda else Placement("cpu", torch.float32)
-        self.name = folder.resolve().name
+        self.name = repository_of(folder.absolute()) or folder.resolve().name
         self.context_size = context
         self.trained_context = settings.context
         self.placed = "all layers on the GPU" if cuda else "all layers on the CPU"

@@ -11,8 +11,11 @@ import ctypes.util
 import errno
 import hashlib
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -316,7 +319,8 @@ def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
         _log_tail.clear()
         params = ll.llama_model_default_params()
         params.n_gpu_layers = layers
-        model = ll.llama_model_load_from_file(os.fsencode(path), params)
+        with _stopped_by_ctrl_c(params):
+            model = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             continue
         for kv_type in kv_types:
@@ -331,6 +335,28 @@ def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
             "try a shorter --context, --kv-type q8_0, fewer --gpu-layers, or a smaller model",
         )
     raise ModelFileError(f"llama.cpp cannot load {path.name}: {reason}", "is it a text model that llama.cpp knows?")
+
+
+@contextmanager
+def _stopped_by_ctrl_c(params: Any) -> Iterator[None]:
+    """Let Ctrl-C end the loading. The only Python that runs meanwhile is llama.cpp's callbacks, and ctypes drops what
+    they raise. A handler that someone has set, and other threads, are left alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    stopped: list[int] = []
+    params.progress_callback = proceed = ll.llama_progress_callback(lambda _share, _data: not stopped)
+    signal.signal(signal.SIGINT, lambda number, _frame: stopped.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        del proceed
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def _layer_choices(placement: Placement) -> list[int]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from llama_cpp import llama_cpp as ll
 
 from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.engine.sampling import Sampling
@@ -122,3 +126,22 @@ def test_all_logits_are_those_of_each_step(engine: LlamaEngine) -> None:
         row = pieces[(length - 1) // 64][(length - 1) % 64]
         assert max(abs(row - engine.logits())) < 0.02
     engine.crop(0, 0)
+
+
+def test_ctrl_c_ends_the_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a callback raises is dropped; so Ctrl-C is remembered, and llama.cpp told to stop at its next report."""
+    path = make_model(tmp_path / "tiny.gguf")
+    proceeds: list[bool] = []
+    load = ll.llama_model_load_from_file
+
+    def interrupted(name: bytes, params: Any) -> Any:
+        proceeds.append(params.progress_callback(0.1, None))
+        os.kill(os.getpid(), signal.SIGINT)
+        proceeds.append(params.progress_callback(0.2, None))
+        return load(name, params)
+
+    monkeypatch.setattr(ll, "llama_model_load_from_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LlamaEngine(path, "fingerprint", Placement(context=64))
+    assert proceeds == [True, False]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

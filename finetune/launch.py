@@ -204,10 +204,11 @@ def _forwarded_signals() -> Iterator[list[int]]:
     """Give SIGINT and SIGTERM to the ranks, which save and stop at the first one and end at the second. Yields the
     list of those received. Before there are ranks the first one ends this process."""
     received: list[int] = []
+    others = multiprocessing.active_children()
 
     def forward(number: int, _: FrameType | None) -> None:
         received.append(number)
-        ranks = multiprocessing.active_children()
+        ranks = [child for child in multiprocessing.active_children() if child not in others]
         for rank in ranks:
             if rank.pid is not None and rank.is_alive():
                 os.kill(rank.pid, number)

@@ -94,7 +94,7 @@ def test_both_trainings_learn(base: Path, trained: Path) -> None:
     assert sum(second[step] for step in range(51, 61)) < sum(second[step] for step in range(1, 11))
     held_out = log_lines(trained)[-1]["perplexity"]
     assert held_out["all"] < PIECES / 4
-    assert sum(line["tokens"] for line in log_lines(base) if "event" not in line) > 0.95 * STEPS * 4 * 256
+    assert sum(line["tokens"] for line in log_lines(base) if "event" not in line) > 0.9 * STEPS * 4 * 256
 
 
 def test_it_loads_elsewhere(trained: Path) -> None:

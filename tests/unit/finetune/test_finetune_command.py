@@ -201,7 +201,7 @@ def test_evaluation_changes_nothing_and_adapters_are_merged_into_the_base(
 ) -> None:
     base, out = make_base(tmp_path / "base", tokenizer), tmp_path / "without"
     new: list[str | Path] = ["--base", base, "--data", data, "--gpus", "0", *more, *SETTINGS, "max_steps=3"]
-    given = ["--tokenizer", base / "tokenizer.model"] if more else []  # a file will do as well
+    given: list[str | Path] = ["--tokenizer", base / "tokenizer.model"] if more else []  # a file will do as well
     assert run(*new, *given, "-o", out) == 0
     assert run(*new, "-o", tmp_path / "with", "eval_every=2") == 0
     assert losses(tmp_path / "with") == losses(out)

@@ -191,6 +191,7 @@ def test_completion(koala: Open) -> None:
     terminal.wait(lambda: terminal.typed == "> /set temperature", "the completed setting")
     terminal.keys("0.3\r")
     terminal.wait_for("temperature     0.3")
+    terminal.ready()
     terminal.keys("/template alp")
     terminal.wait_for("> /template alp")
     terminal.keys("\t")

@@ -48,7 +48,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("road")
     wanted = (("world", "dialogues", 1, 700), ("more", "dialogues", 2, 500), ("pairs", "pairs", 3, 60))
     for name, kind, seed, count in wanted:
-        command = [sys.executable, ROOT / "examples/nano/rows.py", kind, "--seed", str(seed), "--count", str(count)]
+        command = [
+            sys.executable,
+            str(ROOT / "examples/nano/rows.py"),
+            kind,
+            "--seed",
+            str(seed),
+            "--count",
+            str(count),
+        ]
         (folder / f"{name}.jsonl").write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
     (folder / "text.jsonl").write_text('{"text": "Koalas sleep for most of the day, high up in a tree."}\n' * 20)
     for mix, files in (("base", ("world", "text")), ("koala", ("more", "pairs"))):
@@ -63,10 +71,9 @@ def base(rows: Path) -> Path:
     koala("data", "tokenizer", rows / "world.jsonl", "--size", str(PIECES), "-o", rows / "tokenizer")
     koala("data", "build", rows / "base.toml", "--tokenizer", rows / "tokenizer", "-o", rows / "base-corpus")
     out = rows / "base"
-    command = ["finetune", "--data", rows / "base-corpus", "--tokenizer", rows / "tokenizer", "-o", out, "--gpus", "0"]
-    training = subprocess.Popen(
-        [KOALA, *map(str, command), *SHAPE, *RUN], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    folders = ("--data", rows / "base-corpus", "--tokenizer", rows / "tokenizer", "-o", out)
+    command = ["finetune", *map(str, folders), "--gpus", "0", *SHAPE, *RUN]
+    training = subprocess.Popen([KOALA, *command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while max(losses(out), default=0) < KILLED_AFTER:
         assert training.poll() is None and time.monotonic() < deadline
@@ -74,7 +81,7 @@ def base(rows: Path) -> Path:
     training.send_signal(signal.SIGKILL)
     training.wait()
     assert not (out / "config.json").exists()
-    koala(*command, *SHAPE, *RUN, "--resume")
+    koala(*command, "--resume")
     return out
 
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from koala_local.disk import sync
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 
@@ -103,7 +104,7 @@ def write_gguf(
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, out)
-    _sync_folder(out.parent)
+    sync(out.parent)
     notes = (*vocabulary.notes, *_notes(plan, source.config, kind, matched, importance))
     return _report(out, kind, size, plan, notes, notes_of(kernels))
 
@@ -296,14 +297,6 @@ def as_float32(stored: torch.Tensor) -> NDArray[np.float32]:
         return bits.view(np.float32)
     array: NDArray[np.float32] = stored.numpy().astype(np.float32, copy=False)
     return array
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _notes(

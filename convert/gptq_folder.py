@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import koala_local
+from koala_local.disk import sync
 from koala_local.errors import KoalaError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.json_file import member
 
 from .gptq import GptqSettings
 from .recover import configuration
-from .safetensors_writer import copy_file, sync_folder, write_json
+from .safetensors_writer import copy_file, write_json
 
 _MANIFEST = "run.json"
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -104,14 +105,14 @@ def publish(partial: Path, out: Path) -> None:
     """Give the complete folder its name; what had the name before is deleted after that."""
     for leftover in partial.glob("*.partial"):
         leftover.unlink()
-    sync_folder(partial)
+    sync(partial)
     old = out.with_name(f"{out.name}.replaced")
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         out.rename(old)
     partial.rename(out)
     (out / _MANIFEST).unlink()  # only now: killed before it, the same command finishes the run
-    sync_folder(out.parent)
+    sync(out.parent)
     if old.is_dir():
         shutil.rmtree(old)
     elif old.exists():

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from koala_local.disk import sync
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.json_file import member
@@ -28,7 +29,6 @@ from .safetensors_writer import (
     Progress,
     copy_file,
     nbytes,
-    sync_folder,
     write_json,
     write_sharded,
 )
@@ -129,7 +129,7 @@ def recover(
         files = _write(total, partial, tokenizer, shard_bytes, progress)
         _refuse_existing(out, None)
         partial.rename(out)
-        sync_folder(out.absolute().parent)
+        sync(out.absolute().parent)
     except OSError as error:
         raise _write_error(out, error) from None
     types = {info.dtype for info in total.tensors.values()}
@@ -153,7 +153,7 @@ def _write(
         write_json(partial / "special_tokens_map.json", _special_tokens())
         for path in tokenizer:
             copy_file(path, partial / path.name)
-        sync_folder(partial)
+        sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

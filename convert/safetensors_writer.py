@@ -65,16 +65,6 @@ def copy_file(source: Path, target: Path) -> None:
         file.write(source.read_bytes())
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in the folder last; does nothing where folders cannot be opened."""
-    if os.name != "nt":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 class _replaced:
     """A file under a temporary name, flushed to the disk and renamed on success, removed on failure."""
 

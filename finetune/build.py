@@ -160,7 +160,7 @@ def _source(key: str, rules: SourceRules) -> Source:
 
 def _find(source: Source, rules: SourceRules, raw: Path | None, tell: Tell) -> list[_File]:
     paths = list(rules.files) if rules.files else find_raw(source, raw) if raw else fetch(source, progress=tell)
-    return [_File(path, label(source, path), _file_hash(path)) for path in paths]
+    return [_File(path, label(source, path), file_hash(path)) for path in paths]
 
 
 def _stage(
@@ -180,10 +180,11 @@ def _stage(
 
 
 def _read_tests(paths: Sequence[Path]) -> list[_TestSet]:
-    return [_TestSet(path.name, _file_hash(path), tuple(read_set(path))) for path in paths]
+    return [_TestSet(path.name, file_hash(path), tuple(read_set(path))) for path in paths]
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of the file. Raises BuildError."""
     try:
         with path.open("rb") as file:
             return file_digest(file, "sha256").hexdigest()

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from koala_local.disk import sync
 from koala_local.errors import KoalaError
 
 _FORMAT = "koala-checkpoint-1"
@@ -114,7 +115,7 @@ class Checkpoints:
             if _is_writer():
                 _describe(partial, about)
                 partial.rename(final)
-                _sync(self.folder)
+                sync(self.folder)
                 for old in complete(self.folder)[: -self.keep]:
                     shutil.rmtree(old)
         except (CheckpointException, OSError, RuntimeError) as error:
@@ -209,15 +210,7 @@ def _describe(partial: Path, about: Mapping[str, Any]) -> None:
         json.dump({"format": _FORMAT, **about, "files": files}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    _sync(partial)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(partial)
 
 
 def _write_error(final: Path, error: BaseException, folder: Path) -> CheckpointError:

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from koala_local.disk import sync
+
 from .corpus_format import (
     FILES,
     MANIFEST,
@@ -74,7 +76,7 @@ def write_corpus(
             _write_synced(partial / MANIFEST, text)
             for name in (*(f"{name}.bin" for name in FILES), MANIFEST):
                 os.replace(partial / name, folder / name)
-            _sync(folder)
+            sync(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
@@ -97,7 +99,7 @@ class _File:
 
     def close(self) -> tuple[int, str]:
         self._file.close()
-        _sync(self.path)
+        sync(self.path)
         return self.size, self._hash.hexdigest()
 
 
@@ -201,15 +203,4 @@ def _check(example: Example) -> None:
 
 def _write_synced(path: Path, data: bytes) -> None:
     path.write_bytes(data)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder's names to the disk; does nothing for folders where they cannot be opened."""
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from koala_local.dialogue import KOALA_TEMPLATE
+from koala_local.disk import sync
 from koala_local.errors import KoalaError
 from koala_local.models.json_file import parse_object
 
@@ -153,7 +153,7 @@ class _Shards:
     def flush(self) -> None:
         path = self.folder / f"shard-{len(self.written)}"
         save_file(self.pending, path, metadata={"format": "pt"})
-        _sync(path)
+        sync(path)
         self.written.append(list(self.pending))
         self.pending = {}
 
@@ -232,16 +232,16 @@ def _finish(shards: _Shards, out: Path, files: Mapping[str, bytes]) -> None:
     index = shards.close()
     for name, content in {**files, **({"model.safetensors.index.json": index} if index else {})}.items():
         (partial / name).write_bytes(content)
-        _sync(partial / name)
-    _sync(partial)
+        sync(partial / name)
+    sync(partial)
     if not out.exists():
         partial.rename(out)
     else:
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(out / path.name)
         partial.rmdir()
-        _sync(out)
-    _sync(out.absolute().parent)
+        sync(out)
+    sync(out.absolute().parent)
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -251,15 +251,6 @@ def _json(value: Mapping[str, Any]) -> bytes:
 def _torch_dtype(name: Dtype) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _sync(path: Path) -> None:
-    """Make the file, or the names in the folder, last."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_writer() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Any
 
 from koala_local.errors import KoalaError
 
-from .build import build, choose_recipe
+from .build import build, choose_recipe, file_hash
 from .corpus import open_corpus
 from .corpus_format import MANIFEST, Manifest
 from .mix import Tell
@@ -85,14 +84,6 @@ def _change(manifest: Manifest, recipe: Recipe) -> str:
             return f"the recipe's {key} changed"
     for key, rules in recipe.sources.items():
         for path in rules.files:
-            if manifest.inputs.get(f"{key}/{path.name}") != _hash(path):
+            if manifest.inputs.get(f"{key}/{path.name}") != file_hash(path):
                 return f"{str(path)!r} changed"
     return ""
-
-
-def _hash(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise KoalaError(f"{str(path)!r} cannot be read: {error.strerror}", "check the path") from None

@@ -31,6 +31,7 @@ from secrets import token_hex
 from typing import Any
 
 from koala_local.chat.locks import try_lock
+from koala_local.disk import sync
 from koala_local.engine.base import Engine
 from koala_local.errors import SessionError
 from koala_local.paths import private_folder, session_file
@@ -247,12 +248,8 @@ def _sha256(file: BufferedReader | BufferedRandom) -> str:
 
 
 def _flush_folder(folder: Path) -> None:
-    with suppress(OSError):  # Windows cannot, and does not need to
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    with suppress(OSError):
+        sync(folder)
 
 
 def _is_young(path: Path) -> bool:

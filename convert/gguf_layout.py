@@ -136,6 +136,8 @@ def write_metadata(
 ) -> None:
     """Add every key of a LLaMA model. Raises ModelFileError for a RoPE scaling that llama.cpp's LLaMA does not have."""
     writer.add_name(name)
+    if config.licence:
+        writer.add_license(config.licence)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(kind, f"MOSTLY_{kind}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_context_length(config.context)

@@ -134,6 +134,7 @@ def _config(header: GgufHeader, stored: Mapping[str, Stored], factors: Stored | 
         bos=bos[0] if bos else None,
         eos=tokens.ids("tokenizer.ggml.eos_token_id"),
         name=header.name,
+        licence=header.licence or "",
     )
 
 

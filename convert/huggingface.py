@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from koala_local.errors import ModelFileError
+from koala_local.models.card import read_card
 from koala_local.models.configuration import read_configuration
 from koala_local.models.json_file import member, read_object
 
@@ -48,7 +50,8 @@ def open_weights(path: Path) -> FileCheckpoint:
 def _opened(config: Path, files: Sequence[str], where: Mapping[str, str]) -> FileCheckpoint:
     """The checkpoint in these files; `where` is the file of each tensor, as far as an index says it."""
     folder = config.parent
-    settings = read_configuration(config)
+    card, settings = read_card(folder), read_configuration(config)
+    settings = replace(settings, name=card.name or settings.name, licence=card.licence)
     paths = [member(folder, name) for name in files]  # all names are checked before any file is opened
     stored: dict[str, Stored] = {}
     for path in paths:

@@ -15,6 +15,16 @@ _KV_BYTES = {"f16": 2.0, "q8_0": 34 / 32}  # per number; q8_0 has a two-byte sca
 _RUNTIME = 150 << 20  # bytes that a GPU runtime takes for its kernels and context
 _MICRO_BATCH = 512  # tokens evaluated at once
 _GIB = 1 << 30
+_SOURCE_LICENCE = (
+    "That of the source model, which quantization does not change. Derivatives of Meta's LLaMA fall under the LLaMA "
+    "licence of their version."
+)
+_KOALA_LICENCE = (
+    "For academic research only; commercial use is prohibited. The weights derive from Meta's LLaMA and fall under the "
+    "LLaMA licence (non-commercial, research), whoever holds them must have been granted it. Koala's weight difference "
+    "was published by its authors for research, subject also to the terms of use of OpenAI for data that its models "
+    "generated, and to the privacy practices of ShareGPT."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +74,7 @@ class Report:
     calibration: str = ""
     notes: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()  # what packed each type that takes a search
+    licence: str = ""  # as the source states it
 
     def to_json(self) -> str:
         """One object, indented, with a newline at its end."""
@@ -74,17 +85,23 @@ class Report:
     def model_card(self) -> str:
         """Markdown. Names and notes come from files: what could act as markup in them is escaped."""
         parts = [
-            f"# {_plain(self.name)}, {_plain(self.kind)}",
+            f"{self._metadata()}# {_plain(self.name)}, {_plain(self.kind)}",
             f"Made by `koala quantize` from {_plain(self.source)}.",
             self._figures(),
             self._quality(),
             self._memory(),
-            _limits(self.name),
-            _licence(self.name),
+            _limits(self._is_koala),
+            self._licence(),
         ]
         if self.notes:
             parts.insert(5, "## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in self.notes))
         return "\n\n".join(parts) + "\n"
+
+    def _metadata(self) -> str:
+        """What the hub, and `koala show`, read; JSON strings are YAML's too."""
+        if not self.licence:
+            return ""
+        return f"---\nlicense: {json.dumps(self.licence)}\nmodel_name: {json.dumps(self.name)}\n---\n\n"
 
     def _figures(self) -> str:
         rows = [
@@ -121,15 +138,25 @@ class Report:
         head = "| KV cache | weights | KV | compute (estimate) | total | fits cards of |\n|---|---|---|---|---|---|"
         return f"## Memory at {context:,} tokens, in GiB\n\n{head}\n" + "\n".join(rows)
 
+    def _licence(self) -> str:
+        if self.licence:
+            return f"## Licence\n\n{_plain(self.licence)}, as the source states it; quantization does not change it."
+        return f"## Licence\n\n{_KOALA_LICENCE if self._is_koala else _SOURCE_LICENCE}"
+
+    @property
+    def _is_koala(self) -> bool:
+        """Berkeley's, as far as its name tells: those weights state no free licence."""
+        return "koala" in self.name.lower() and not self.licence
+
 
 def _listed(cards: tuple[int, ...]) -> str:
     return ", ".join(f"{card}" for card in cards) + " GB" if cards else f"none up to {CARDS[-1]} GB"
 
 
-def _limits(name: str) -> str:
+def _limits(is_koala: bool) -> str:
     extra = (
         " It was trained on English dialogue of early 2023 and on a context of 2,048 tokens, without a system role."
-        if _is_koala(name)
+        if is_koala
         else ""
     )
     return (
@@ -138,25 +165,6 @@ def _limits(name: str) -> str:
         f"nothing that happened after its training and looks nothing up.{extra} Quantization adds errors to those of "
         "the source. Do not rely on it where a mistake does harm."
     )
-
-
-def _licence(name: str) -> str:
-    if not _is_koala(name):
-        return (
-            "## Licence\n\nThat of the source model, which quantization does not change. Derivatives of Meta's LLaMA "
-            "fall under the LLaMA licence of their version."
-        )
-    return (
-        "## Licence\n\n"
-        "For academic research only; commercial use is prohibited. The weights derive from Meta's LLaMA and fall under "
-        "the LLaMA licence (non-commercial, research), whoever holds them must have been granted it. Koala's weight "
-        "difference was published by its authors for research, subject also to the terms of use of OpenAI for data "
-        "that its models generated, and to the privacy practices of ShareGPT."
-    )
-
-
-def _is_koala(name: str) -> bool:
-    return "koala" in name.lower()
 
 
 def _plain(text: str) -> str:

@@ -13,6 +13,7 @@ from koala_local.chat.placement import load_planned
 from koala_local.dialogue import PromptFormat
 from koala_local.errors import ModelFileError
 from koala_local.models import cache
+from koala_local.models.card import read_card
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probe
 from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish
@@ -64,7 +65,7 @@ class LoadedModel:
 
     def licence_notice(self) -> str:
         """What the banner must say about the licence, or nothing."""
-        licence = self.header.licence if self.header else None
+        licence = self.header.licence if self.header else read_card(self.path).licence
         if "koala" in f"{self.name} {_file_name(self.path)}".lower() and (licence or "").lower() != "apache-2.0":
             return _RESEARCH_ONLY
         return ""

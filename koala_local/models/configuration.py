@@ -46,6 +46,7 @@ class ModelConfig:
     bos: int | None = None  # as the configuration says; the tokenizer is trusted over it
     eos: tuple[int, ...] = ()
     name: str = ""
+    licence: str = ""  # as the model card or the header states it
 
 
 class Settings:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from koala_local.models import cache
+from koala_local.models.card import read_card
 from koala_local.models.devices import Machine
 from koala_local.models.gguf_header import GgufHeader, LongArray, read_header
 from koala_local.models.memory import Plan, Wish, fit
@@ -150,7 +151,7 @@ def _describe_folder(folder: Path) -> About:
         vocabulary=config.vocabulary_size,
         tokenizer="SentencePiece" if (folder / "tokenizer.model").is_file() else "tokenizers",
         template=template if isinstance(template, str) else None,
-        licence=None,
+        licence=read_card(folder).licence or None,
         quantization=_quantization(settings, bits),
         # on a CPU all but the packed weights is computed in 32 bits
         expected_ram=kv + sum(entry.size * (2 if entry.type in ("F16", "BF16") else 1) for entry in entries),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,9 +38,10 @@ LLAMA_3 = {
 }  # fmt: skip
 
 
-def convert(folder: Path, out: Path, kind: str, **options: Any) -> Report:
-    source = open_checkpoint(folder)
-    return write_gguf(source, read_vocabulary(folder, source.config), out, kind, threads=2, **options)
+def convert(source: Path, out: Path, kind: str, *, vocabulary: Path | None = None, **options: Any) -> Report:
+    checkpoint = open_checkpoint(source)
+    tokens = read_vocabulary(vocabulary or source, checkpoint.config)
+    return write_gguf(checkpoint, tokens, out, kind, threads=2, **options)
 
 
 def importance_of(path: Path) -> dict[str, Any]:
@@ -173,6 +175,19 @@ def test_the_header_says_what_the_model_is(tmp_path: Path) -> None:
     assert {key: fields[key].contents() for key in expected} == expected
     assert fields["llama.attention.layer_norm_rms_epsilon"].contents() == pytest.approx(1e-6)
     assert fields["tokenizer.chat_template"].contents().count("GPT:") == 1
+    assert "general.license" not in fields
+
+
+def test_the_card_of_the_source_names_the_model_and_its_licence(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with-card"
+    shutil.copytree(small, folder)
+    (folder / "README.md").write_text("---\nlicense: mit\nmodel_name: Tiny One\n---\n")
+    convert(folder, tmp_path / "out.gguf", "Q8_0")
+    convert(tmp_path / "out.gguf", tmp_path / "again.gguf", "Q8_0", vocabulary=folder)
+    for name in ("out.gguf", "again.gguf"):
+        fields = gguf.GGUFReader(tmp_path / name).fields
+        assert fields["general.name"].contents() == "Tiny One"
+        assert fields["general.license"].contents() == "mit"
 
 
 # failure

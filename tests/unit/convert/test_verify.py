@@ -27,6 +27,7 @@ from koala_local.convert.verify import (
 from torch.nn import functional
 
 import koala_local
+from koala_local.models.card import Card, read_card
 from koala_local.models.configuration import ModelConfig
 from tests.unit.convert.in_memory import InMemory, random_ids, tiny
 
@@ -257,6 +258,13 @@ def test_the_model_card_says_what_matters() -> None:
 def test_other_models_do_not_get_koalas_terms() -> None:
     card = report("tiny-llama", comparison=None).model_card()
     assert "ShareGPT" not in card and "source model" in card and "Not measured" in card
+
+
+def test_a_stated_licence_is_kept(tmp_path: Path) -> None:
+    card = report("koala-mine", licence="apache-2.0").model_card()
+    assert "ShareGPT" not in card and "apache-2.0, as the source states it" in card
+    (tmp_path / "README.md").write_text(card)
+    assert read_card(tmp_path) == Card("koala-mine", "apache-2.0")
 
 
 def test_names_from_files_cannot_act_as_markup() -> None:

@@ -1,0 +1,36 @@
+"""What a folder's README.md says of its model in the metadata that the hub reads: its name and its licence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_LARGEST = 1 << 20  # bytes
+_LONGEST = 200  # characters of a name or a licence
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Empty where nothing is stated. Text of a file: not to be printed unfiltered."""
+
+    name: str = ""
+    licence: str = ""
+
+
+def read_card(folder: Path) -> Card:
+    """The card in `folder`; an empty one where it is missing or makes no sense, which stops nothing."""
+    from huggingface_hub import metadata_load
+
+    path = folder / "README.md"
+    try:
+        found: Any = metadata_load(path) if path.stat().st_size <= _LARGEST else {}
+    except Exception:  # of the file, of its encoding, or one of YAML's many
+        return Card()
+    found = found if isinstance(found, dict) else {}
+    licence = _text(found.get("license"))
+    return Card(_text(found.get("model_name")), "" if licence == "other" else licence)
+
+
+def _text(value: object) -> str:
+    return " ".join(value.split())[:_LONGEST] if isinstance(value, str) else ""

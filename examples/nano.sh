@@ -10,7 +10,7 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/nano" && pwd)"
 work="${1:-build/nano}"
-rows="${ROWS:-20000}"
+rows="${ROWS:-32000}"
 text="$(realpath "${TEXT:?name a file of rows with plain text}")"
 helpful="$(realpath "${HELPFUL:?name a file of helpful-base, of Anthropic HH}")"
 python="${PYTHON:-python}"
@@ -33,6 +33,10 @@ rows() { # rows KIND SEED COUNT FILE
     "$python" "$here/rows.py" "$1" --seed "$2" --count "$3" >"$4.part"
     mv "$4.part" "$4"
 }
+written() { # written FILE SCRIPT MODEL
+    "$python" "$here/$2" "$3" >"$1.part"
+    mv "$1.part" "$1"
+}
 train() { # train OUTPUT ARGUMENT..
     local out="$1" resume=()
     shift
@@ -50,5 +54,9 @@ step koala-corpus koala data build koala-mix.toml --tokenizer tokenizer -o koala
 step base/config.json train base --data base-corpus --tokenizer tokenizer --config "$here/base-run.toml" ${BASE:-}
 # shellcheck disable=SC2086
 step koala-nano/config.json train koala-nano --base base --data koala-corpus --config "$here/koala-run.toml" ${KOALA:-}
+# its own name and licence, which `koala quantize` takes over
+sed -i 's/^license: other$/license: apache-2.0/; s/^license_name: see-below$/model_name: Koala Nano/' koala-nano/README.md
 step koala-nano-q4_k_m.gguf koala quantize koala-nano --bits 4 -o koala-nano-q4_k_m.gguf --calibration more-world.jsonl
-step answers.md sh -c "'$python' '$here/ask.py' koala-nano-q4_k_m.gguf > answers.part && mv answers.part answers.md"
+step koala-nano-gptq koala quantize koala-nano --bits 4 --format gptq -o koala-nano-gptq --calibration more-world.jsonl
+step answers.md written answers.md ask.py koala-nano-q4_k_m.gguf
+step measured.md written measured.md measure.py koala-nano-q4_k_m.gguf

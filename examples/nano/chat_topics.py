@@ -68,7 +68,7 @@ def abilities(rng: Random, memory: Memory) -> list[Turn]:
 
 def larger(rng: Random, memory: Memory) -> list[Turn]:
     """How to chat with a larger model."""
-    return [Turn(rng.choice(LARGER_FORMS), LARGER_REPLY, "larger models", "`koala chat FILE.gguf`")]
+    return [Turn(rng.choice(LARGER_FORMS), LARGER_REPLY, "larger models", "`koala chat koala-13b`")]
 
 
 def small_talk(rng: Random, memory: Memory) -> list[Turn]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from facts import either
 
-LARGER = "For that, try a larger model: `koala chat FILE.gguf`."
+LARGER = "For that, try a larger model: `koala chat koala-13b`."
 
 UNKNOWN = either(
     "I do not know that. I am a miniature and know only a small world.|"

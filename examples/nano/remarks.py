@@ -244,7 +244,7 @@ LARGER_FORMS = either(
     "you are too small for me|I want a larger model|how do I run a real model|"
     "how do I switch models|can you become smarter|larger model|bigger model please"
 )
-LARGER_REPLY = "Point the program at a larger GGUF file: `koala chat FILE.gguf`."
+LARGER_REPLY = "Start a larger model with `koala chat koala-13b`, or a file of your own with `koala chat FILE.gguf`."
 
 SMALL_TALK: tuple[Entry, ...] = (
     (

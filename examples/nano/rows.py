@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -25,7 +26,7 @@ from facts import either
 from talk import Turn
 from world import dialogue
 
-LENGTHS = ((1, 24), (2, 20), (3, 16), (4, 12), (6, 10), (9, 8), (14, 6), (25, 3), (60, 1))  # turns, share
+LENGTHS = ((1, 24), (2, 20), (3, 16), (4, 12), (6, 10), (9, 8), (14, 6), (25, 3), (60, 1), (150, 0.5))  # turns, share
 RUDE = either(
     "No.|I do not care.|Ask somebody else.|That is a silly question.|Why should I tell you?|Leave me alone.|"
     "Who cares?|Not now.|You would not understand it.|Find it out yourself."
@@ -74,7 +75,7 @@ def conversation(rng: Random, longest: int) -> tuple[str, list[Turn]]:
 def dialogues(rng: Random) -> Iterator[object]:
     """Endless rows of the messages schema."""
     while True:
-        system, turns = conversation(rng, 60)
+        system, turns = conversation(rng, LENGTHS[-1][0])
         messages = [{"role": "system", "content": system}] if system else []
         for turn in turns:
             messages.append({"role": "user", "content": turn.user})
@@ -95,20 +96,26 @@ def unhelpful(rng: Random, turn: Turn, other: Turn) -> str:
     return turn.user
 
 
+def pair(rng: Random) -> tuple[list[Turn], list[Turn]]:
+    """One conversation as it should go, and with unhelpful replies."""
+    turns: list[Turn] = []
+    while not turns:
+        system, turns = conversation(rng, 4)
+        turns = [turn for turn in turns if "\n\n" not in turn.user and not system]  # the schema has no system text
+    others = [next(dialogue(rng).turns) for _ in turns]
+    bad = [replace(turn, reply=unhelpful(rng, turn, other)) for turn, other in zip(turns, others, strict=True)]
+    return turns, bad
+
+
 def pairs(rng: Random) -> Iterator[object]:
     """Endless rows of Anthropic's schema."""
     while True:
-        system, turns = conversation(rng, 4)
-        turns = [turn for turn in turns if "\n\n" not in turn.user and not system]  # the schema has no system text
-        others = [next(dialogue(rng).turns) for _ in turns]
-        bad = [unhelpful(rng, turn, other) for turn, other in zip(turns, others, strict=True)]
-        users = [turn.user for turn in turns]
-        if turns:
-            yield {"chosen": _written(users, [turn.reply for turn in turns]), "rejected": _written(users, bad)}
+        chosen, rejected = pair(rng)
+        yield {"chosen": _written(chosen), "rejected": _written(rejected)}
 
 
-def _written(users: list[str], replies: list[str]) -> str:
-    return "".join(f"\n\nHuman: {user}\n\nAssistant: {reply}" for user, reply in zip(users, replies, strict=True))
+def _written(turns: list[Turn]) -> str:
+    return "".join(f"\n\nHuman: {turn.user}\n\nAssistant: {turn.reply}" for turn in turns)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@
 #     TEXT=c4.jsonl HELPFUL=helpful-base.jsonl examples/nano.sh [WORK]          # WORK: build/nano
 #     ROWS=2000 BASE="max_steps=60 save_every=20" KOALA="max_steps=60" .. examples/nano.sh WORK     # a small rehearsal
 #
-# TEXT has rows of {"text"}, HELPFUL rows of {"chosen", "rejected"} as Anthropic published them; packed or not.
+# TEXT has rows of {"text"}, HELPFUL rows of {"chosen", "rejected"} as Anthropic published them.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/nano" && pwd)"
 work="${1:-build/nano}"
@@ -47,6 +47,7 @@ train() { # train OUTPUT ARGUMENT..
 step world.jsonl rows dialogues 1 "$rows" world.jsonl
 step more-world.jsonl rows dialogues 3 "$((rows * 3 / 5))" more-world.jsonl
 step pairs.jsonl rows pairs 2 "$((rows / 10))" pairs.jsonl
+"$python" "$here/rows.py" check world.jsonl more-world.jsonl pairs.jsonl text.jsonl helpful.jsonl
 step tokenizer koala data tokenizer world.jsonl text.jsonl helpful.jsonl --size "${PIECES:-3072}" -o tokenizer
 step base-corpus koala data build base-mix.toml --tokenizer tokenizer -o base-corpus
 step koala-corpus koala data build koala-mix.toml --tokenizer tokenizer -o koala-corpus

@@ -2,12 +2,13 @@
 
     python examples/nano/rows.py dialogues --count 60000 --seed 1 > dialogues.jsonl   # {"messages": [..]}
     python examples/nano/rows.py pairs --count 8000 --seed 2 > pairs.jsonl            # {"chosen", "rejected"}
+    python examples/nano/rows.py check dialogues.jsonl text.jsonl                     # of whatever source
 
 A pair is one conversation twice: as it should go, and with every reply replaced by an unhelpful one: the reply to
 something else, a rude one, one that breaks off, or the question again. Seeded: equal arguments give equal bytes.
 
 No row asks what evaluation.jsonl asks: a conversation with a user text that equals a prompt, or shares eight words in a
-row with one, is left out.
+row with one, is left out. `check` holds this for rows that are written, those of other sources too.
 """
 
 from __future__ import annotations
@@ -118,13 +119,33 @@ def _written(turns: list[Turn]) -> str:
     return "".join(f"\n\nHuman: {turn.user}\n\nAssistant: {turn.reply}" for turn in turns)
 
 
+def asked_in(path: Path) -> Iterator[str]:
+    """Every text in the file of rows, of a user or another, that the evaluation asks."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            for text in _texts(json.loads(line)):
+                yield from filter(is_asked, re.split(r"\n\n(?:Human|Assistant): ", text))
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+
+
 def main() -> None:
-    """Write `--count` rows to stdout."""
+    """Write `--count` rows to stdout, or check files of rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("dialogues", "pairs"))
+    parser.add_argument("kind", choices=("dialogues", "pairs", "check"))
+    parser.add_argument("files", nargs="*", type=Path, help="for check")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    if args.kind == "check":
+        found = [f"{path}: {text}" for path in args.files for text in asked_in(path)]
+        sys.exit("\n".join(["the evaluation asks this too:", *found]) if found else 0)
     write = {"dialogues": dialogues, "pairs": pairs}[args.kind]
     for row in islice(write(Random(args.seed)), args.count):
         sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -28,6 +28,7 @@ class Prompt:
     users: tuple[str, ...]
     topic: str
     right: str | None
+    itself: bool  # asks for the model's name or size
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Answer:
 def read_prompts() -> list[Prompt]:
     """The fixed prompts, in order."""
     rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
-    return [Prompt((*row["earlier"], row["prompt"]), row["topic"], row["right"]) for row in rows]
+    return [Prompt((*row["earlier"], row["prompt"]), row["topic"], row["right"], "itself" in row) for row in rows]
 
 
 def ask(model: str, prompts: list[Prompt]) -> list[Answer]:
@@ -77,12 +78,14 @@ def ask(model: str, prompts: list[Prompt]) -> list[Answer]:
 def listing(model: str, answers: list[Answer]) -> str:
     """All answers as Markdown, counts first."""
     judged = [answer.right for answer in answers if answer.right is not None]
+    itself = [answer.right for answer in answers if answer.prompt.itself]
     later = [answer.on_topic for answer in answers if len(answer.prompt.users) > 1]
     counts = (
         ("ended by itself", sum(answer.stopped for answer in answers), len(answers)),
         ("whole sentences", sum(answer.whole for answer in answers), len(answers)),
         ("on topic", sum(answer.on_topic for answer in answers), len(answers)),
         ("right, where there is a right answer", sum(judged), len(judged)),
+        ("its own name and size right", sum(map(bool, itself)), len(itself)),
         ("second turn on topic", sum(later), len(later)),
     )
     table = "".join(f"| {what} | {count} of {total} |\n" for what, count, total in counts)

@@ -14,6 +14,7 @@ import click
 
 from koala_local import console
 from koala_local.errors import KoalaError
+from koala_local.models.cache import name_of
 
 from .publish import publish, unverified
 
@@ -182,7 +183,7 @@ def _gptq_report(
 
 def _stem(source: Path) -> str:
     path = source.resolve()
-    return path.name if path.is_dir() else path.stem
+    return name_of(path) if path.is_dir() else path.stem
 
 
 def _quantize_gguf(

@@ -32,6 +32,7 @@ class Repo:
     private: bool = False
     in_git: tuple[str, ...] = (".json", ".md", ".txt")
     listing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    config: object = None  # what the hub has read of config.json
 
     def is_lfs(self, name: str) -> bool:
         return not name.endswith(self.in_git)
@@ -141,6 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         content = {"id": name, "modelId": name, "sha": repo.commit, "gated": "auto" if repo.gated else False}
+        content["config"] = repo.config
         body = json.dumps(content | {"private": repo.private, "tags": [], "siblings": repo.siblings()}).encode()
         self._send(200, self.state.answer or body, {"Content-Type": "application/json"})
 

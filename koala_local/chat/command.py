@@ -207,7 +207,7 @@ def _fetch_missing(model: str | None) -> None:
             raise
         from koala_local.models.command import fetch
 
-        fetch(model, error.wanted)
+        fetch(model, error.wanted, to_run=True)
 
 
 def _last_model(history: History, of_session: str | None, *, asked: bool) -> str | None:

@@ -79,7 +79,7 @@ class SlashCompleter(Completer):
 
 def _known_models() -> list[tuple[str, str]]:
     with suppress(OSError):
-        return [(model.reference, model.origin) for model in known() if model.size is not None]
+        return [(model.reference, model.origin) for model in known() if model.runs]
     return []
 
 

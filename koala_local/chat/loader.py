@@ -14,6 +14,7 @@ from koala_local.dialogue import PromptFormat
 from koala_local.errors import ModelFileError
 from koala_local.models import cache
 from koala_local.models.card import read_card
+from koala_local.models.configuration import refuse_unquantized
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probe
 from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish
@@ -66,7 +67,7 @@ class LoadedModel:
     def licence_notice(self) -> str:
         """What the banner must say about the licence, or nothing."""
         licence = self.header.licence if self.header else read_card(self.path).licence
-        if "koala" in f"{self.name} {_file_name(self.path)}".lower() and (licence or "").lower() != "apache-2.0":
+        if "koala" in f"{self.name} {cache.name_of(self.path)}".lower() and (licence or "").lower() != "apache-2.0":
             return _RESEARCH_ONLY
         return ""
 
@@ -76,6 +77,8 @@ def open_model(
 ) -> LoadedModel:
     """Load the model. Raises ModelFileError, TemplateError or OutOfMemoryError."""
     path = resolve(reference, last_used)
+    if path.is_dir():
+        refuse_unquantized(path)
     header, engine, plan = _open_gptq(path, options) if path.is_dir() else _open_gguf(path, options, note)
     if engine.context_size > engine.trained_context and not (
         header and header.metadata.get(f"{header.architecture}.rope.scaling.type")
@@ -119,7 +122,9 @@ def change_model(front: Front, reference: str, note: Callable[[str], None]) -> N
     """Go on with another model in the same conversation. When it cannot be loaded the current one is loaded again, and
     the error is raised. The file is checked before the current model makes room for it."""
     path, current, conversation = resolve(reference, None), front.model, front.conversation
-    if not path.is_dir():
+    if path.is_dir():
+        refuse_unquantized(path)
+    else:
         read_header(path)
         probe(path)
 
@@ -137,17 +142,12 @@ def _choose_format(
     return pick_format(
         template,
         model_name=header.name if header else "",
-        file_name=_file_name(path),
+        file_name=cache.name_of(path),
         template=header.chat_template if header else _folder_template(path),
         vocabulary=vocabulary,
         bos_text=texts.get(vocabulary.bos, "") if vocabulary.bos is not None else "",
         eos_text=texts.get(vocabulary.eos, "") if vocabulary.eos is not None else "",
     )
-
-
-def _file_name(path: Path) -> str:
-    """The name that tells what a model is: a snapshot in the hub's cache is named after its commit."""
-    return (cache.repository_of(path) or path.name).rpartition("/")[2]
 
 
 def _folder_template(folder: Path) -> str | None:

@@ -10,8 +10,7 @@ from koala_local.errors import OutOfMemoryError
 from koala_local.models.devices import this_machine
 from koala_local.models.gguf_header import GgufHeader
 from koala_local.models.memory import Plan, Wish, fit, step_down
-from koala_local.models.shape import read_shape
-from koala_local.models.split import all_tensors
+from koala_local.models.shape import all_tensors, read_shape
 
 
 def load_planned(path: Path, header: GgufHeader, wish: Wish, note: Callable[[str], None]) -> tuple[LlamaEngine, Plan]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from koala_local.errors import KoalaError
 from koala_local.models.reference import HubReference, is_commit
 from koala_local.models.variants import File, Variant, choose, variants
 
@@ -28,6 +29,11 @@ def repository_of(path: Path) -> str | None:
     if path.parent.name != "snapshots" or not home.name.startswith(_PREFIX):
         return None
     return home.name.removeprefix(_PREFIX).replace("--", "/", 1)
+
+
+def name_of(path: Path) -> str:
+    """The name that tells what the model at `path` is: a snapshot in the cache is called after its commit."""
+    return (repository_of(path) or path.name).rpartition("/")[2]
 
 
 def repositories() -> list[str]:
@@ -65,7 +71,18 @@ def _commit_of(home: Path, revision: str) -> str | None:
 
 def variants_in(snapshot: Path) -> list[Variant]:
     """The models in a snapshot that are there as a whole."""
-    return [variant for variant in variants(_files(snapshot)) if not variant.is_folder or _is_whole(snapshot, variant)]
+    found = variants(_files(snapshot), gptq=is_gptq(snapshot))
+    return [variant for variant in found if not variant.is_folder or _is_whole(snapshot, variant)]
+
+
+def is_gptq(folder: Path) -> bool:
+    """Whether the folder's config.json says so."""
+    from koala_local.models.configuration import read_quantization
+
+    try:
+        return read_quantization(folder).get("quant_method") == "gptq"
+    except KoalaError:
+        return False
 
 
 def _files(snapshot: Path) -> Iterator[File]:
@@ -76,11 +93,11 @@ def _files(snapshot: Path) -> Iterator[File]:
 
 def _is_whole(snapshot: Path, variant: Variant) -> bool:
     """Whether a folder has all the weights that its index names."""
-    from koala_local.errors import KoalaError
     from koala_local.models.json_file import read_optional
 
+    index = "pytorch_model.bin.index.json" if variant.type == "PYTORCH" else "model.safetensors.index.json"
     try:
-        named = read_optional(snapshot / "model.safetensors.index.json").get("weight_map", {})
+        named = read_optional(snapshot / index).get("weight_map", {})
     except KoalaError:
         return False
     there = {file.name for file in variant.files}

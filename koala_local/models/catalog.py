@@ -1,13 +1,17 @@
-"""Short names for models. Each stands for a repository on the hub that was seen to exist."""
+"""Short names for models. Each stands for a repository on the hub that was seen to exist, with the files named here."""
 
 from __future__ import annotations
 
 import difflib
 
 ALIASES = {
-    "koala-13b": "mradermacher/koala-13B-HF-GGUF",
-    "koala-13b-gptq": "TheBloke/koala-13B-GPTQ",
-    "llama-7b": "TheBloke/LLaMA-7b-GGUF",
+    "koala-13b": "mradermacher/koala-13B-HF-GGUF",  # Q2_K to Q8_0, such as koala-13B-HF.Q4_K_M.gguf
+    "koala-7b": "mradermacher/koala-7B-HF-GGUF",
+    "koala-13b-gptq": "TheBloke/koala-13B-GPTQ",  # 4 bits, groups of 128, model.safetensors
+    "koala-7b-gptq": "TheBloke/koala-7B-GPTQ",
+    "koala-13b-hf": "TheBloke/koala-13B-HF",  # 16 bits, pytorch_model-*.bin: what the ones above were made from
+    "koala-7b-hf": "TheBloke/koala-7B-HF",
+    "llama-7b": "TheBloke/LLaMA-7b-GGUF",  # the first LLaMA, which Koala was trained from: no chat model
     "llama-13b": "TheBloke/LLaMA-13b-GGUF",
     "tinyllama": "TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF",
     "vicuna-7b": "TheBloke/vicuna-7B-v1.5-GGUF",

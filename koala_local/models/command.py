@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +13,12 @@ import click
 
 from koala_local import console
 from koala_local.errors import KoalaError, ModelFileError
+from koala_local.models.page import columns, size
 
 if TYPE_CHECKING:
     from koala_local.models.pull import Offer
     from koala_local.models.reference import HubReference
-    from koala_local.models.store import Known
+    from koala_local.models.store import Details, Known
 
 _FITS = {True: "yes", False: "no", None: "?"}
 
@@ -34,7 +37,7 @@ def pull(reference: str, only_list: bool) -> None:
     found: Path | None = path
     if resolve.has_model(path):
         for model in store.register(path):
-            console.note(f"registered {model.reference}: koala chat {model.reference}")
+            console.note(f"registered {model.reference}: {_next_step(model.runs, model.reference, model.path)}")
     elif wanted is not None:
         found = fetch(reference, wanted, only_list=only_list)
     elif ":" in reference or "@" in reference:
@@ -46,16 +49,26 @@ def pull(reference: str, only_list: bool) -> None:
         console.out(str(found))
 
 
-def fetch(text: str, wanted: HubReference, *, only_list: bool = False) -> Path | None:
-    """Download the model that the user calls `text`, saying what and how much. Raises KoalaError.
+def _next_step(runs: bool, reference: str, path: Path) -> str:
+    """What to do with a model that is here now."""
+    if runs:
+        return f"koala chat {reference}"
+    return f"an unquantized checkpoint; koala quantize {shlex.quote(str(path))} --bits 4 makes a model to chat with"
+
+
+def fetch(text: str, wanted: HubReference, *, only_list: bool = False, to_run: bool = False) -> Path | None:
+    """Download the model that the user calls `text`, saying what and how much; `to_run`: unless chat cannot run it.
+    Raises KoalaError.
 
     Where the hub cannot be reached, what is in the cache is good enough."""
     from koala_local.models import cache
-    from koala_local.models.fits import fits_here
+    from koala_local.models.devices import this_machine
     from koala_local.models.hub import UnreachableError
+    from koala_local.models.memory import fits_on
     from koala_local.models.pull import bring, look
+    from koala_local.models.variants import UNQUANTIZED
 
-    fits = fits_here()
+    fits = fits_on(this_machine())
     try:
         offer = look(wanted, fits)
     except UnreachableError as error:
@@ -64,39 +77,47 @@ def fetch(text: str, wanted: HubReference, *, only_list: bool = False) -> Path |
             raise
         console.warn(f"{error.message}; {text} is in the cache already")
         return found
+    chosen = offer.chosen
+    unquantized = chosen.type in UNQUANTIZED
     if only_list or wanted.choice is None:
-        console.note(_table(offer, {variant.size: fits(variant.size) for variant in offer.found}))
+        answers = ["-" if unquantized else _FITS[fits(variant.size)] for variant in offer.found]
+        console.note(_table(offer, answers))
     if only_list:
         return None
-    chosen = offer.chosen
-    if fits(chosen.size) is False:
-        console.warn(f"{chosen.choice} takes {_bytes(chosen.size)}, more than fits this machine well")
+    if unquantized and to_run:
+        what = f"{text} is an unquantized checkpoint of {size(chosen.size)}; chat runs GGUF and GPTQ models"
+        raise ModelFileError(what, f"koala pull {text} downloads it, for koala quantize")
+    if not unquantized and fits(chosen.size) is False:
+        console.warn(f"{chosen.choice} takes {size(chosen.size)}, more than fits this machine well")
     console.note(_announcement(offer))
     try:
         with console.progress("downloading", "B") as step:
-            return bring(offer, step)
+            path = bring(offer, step)
     except KeyboardInterrupt:
         console.note("stopped; the same command goes on with what is there")
         raise
+    if not to_run:
+        console.note(_next_step(not unquantized, text, path))
+    return path
 
 
-def _table(offer: Offer, fits: dict[int, bool | None]) -> str:
+def _table(offer: Offer, fits: Sequence[str]) -> str:
     rows = [["", "TYPE", "SIZE", "FITS", "FILE"]]
-    for variant in offer.found:
+    for variant, answer in zip(offer.found, fits, strict=True):
         parts = f" and {len(variant.files) - 1} more" if len(variant.files) > 1 else ""
         mark = "->" if variant == offer.chosen else ""
         file = variant.name or variant.files[0].name
-        rows.append([mark, variant.type or "?", _bytes(variant.size), _FITS[fits[variant.size]], f"{file}{parts}"])
-    return _columns(rows)
+        rows.append([mark, variant.type or "?", size(variant.size), answer, f"{file}{parts}"])
+    return columns(rows)
 
 
 def _announcement(offer: Offer) -> str:
     what = f"{offer.repository.name}:{offer.chosen.choice} at {offer.repository.commit[:12]}"
-    missing, size = offer.missing, offer.chosen.size
+    missing, whole = offer.missing, offer.chosen.size
     if not missing:
-        return f"{what}, {_bytes(size)}: all of it is here"
-    rest = f", of which {_bytes(missing)} are missing" if missing < size else ""
-    return f"downloading {what}, {_bytes(size)}{rest}"
+        return f"{what}, {size(whole)}: all of it is here"
+    rest = f", of which {size(missing)} are missing" if missing < whole else ""
+    return f"downloading {what}, {size(whole)}{rest}"
 
 
 @click.command("list", short_help="List the models that are here.")
@@ -114,24 +135,22 @@ def list_models(as_json: bool) -> None:
         if as_json:
             console.json_line(_as_json(model, about))
             continue
-        size = _bytes(model.size) if model.size is not None else "gone"
+        takes = size(model.size) if model.size is not None else "gone"
         context = str(about.context or "?") if not about.problem or model.size is None else "damaged"
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.used)) if model.used else "-"
-        rows.append([model.reference, size, about.type or "?", context, used])
+        rows.append([model.reference, takes, about.type or "?", context, used])
     if not as_json:
-        console.out(_columns(rows))
+        console.out(columns(rows))
 
 
-def _as_json(model: Known, about: object) -> dict[str, object]:
-    from koala_local.models.store import Details
-
-    assert isinstance(about, Details)
+def _as_json(model: Known, about: Details) -> dict[str, object]:
     return {
         "model": model.reference,
         "path": str(model.path),
         "origin": model.origin,
         "repository": model.repository,
         "size": model.size,
+        "runs": model.runs,
         "type": about.type,
         "context": about.context,
         "last_used": model.used,
@@ -180,7 +199,7 @@ def _remove_cached(text: str, wanted: HubReference, yes: bool) -> None:
     from koala_local.models.pull import remove as remove_from_cache
 
     gone = [model for model in store.known() if model.repository == wanted.repository and _is_meant(model, wanted)]
-    what = ", ".join(f"{model.reference} ({_bytes(model.size or 0)})" for model in gone) or f"what is left of {text}"
+    what = ", ".join(f"{model.reference} ({size(model.size or 0)})" for model in gone) or f"what is left of {text}"
     if not yes:
         if not (sys.stdin and sys.stdin.isatty()):
             raise KoalaError(f"{what} would be removed", f"koala rm {text} --yes does it without asking")
@@ -191,19 +210,9 @@ def _remove_cached(text: str, wanted: HubReference, yes: bool) -> None:
     for model in gone:
         if not model.path.exists():
             store.forget(model.path)
-    console.note(f"removed {what}; {_bytes(freed)} are free again")
+    console.note(f"removed {what}; {size(freed)} are free again")
 
 
 def _is_meant(model: Known, wanted: HubReference) -> bool:
     choice = (wanted.choice or "").lower()
     return not choice or choice in (model.type.lower(), model.path.name.lower())
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _columns(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in padded)

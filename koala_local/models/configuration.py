@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from koala_local.errors import ModelFileError
-from koala_local.models.json_file import read_object
+from koala_local.models.cache import name_of
+from koala_local.models.json_file import read_object, read_optional
 
 # "LLaMAForCausalLM" is how the class was called while it was being added to transformers; checkpoints kept it.
 _ARCHITECTURES = {
@@ -47,6 +49,14 @@ class ModelConfig:
     eos: tuple[int, ...] = ()
     name: str = ""
     licence: str = ""  # as the model card or the header states it
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the model."""
+        attention = 2 * self.hidden_size * self.head_size * (self.heads + self.kv_heads)
+        layer = attention + self.hidden_size * (3 * self.feed_forward_size + 2)
+        ends = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.layers * layer + ends + self.hidden_size
 
 
 class Settings:
@@ -128,8 +138,24 @@ def read_configuration(path: Path, *, quantized: bool = False) -> ModelConfig:
         sliding_window=settings.count("sliding_window") if window else None,
         bos=bos[0] if bos else None,
         eos=settings.ids("eos_token_id"),
-        name=path.absolute().parent.name,
+        name=name_of(path.absolute().parent),
     )
+
+
+def read_quantization(folder: Path) -> dict[str, Any]:
+    """How the weights of a checkpoint's folder are quantized: what config.json says, or the quantize_config.json of
+    2023; {} where they are not. Raises ModelFileError."""
+    found = Settings(read_optional(folder / "config.json"), "config.json").mapping("quantization_config")
+    return found or read_optional(folder / "quantize_config.json")
+
+
+def refuse_unquantized(folder: Path) -> None:
+    """Raise ModelFileError for a checkpoint that `koala quantize` reads and chat does not."""
+    if read_quantization(folder):
+        return
+    read_configuration(folder / "config.json")  # another architecture has its own message
+    what = f"{name_of(folder)} is an unquantized checkpoint; chat runs GGUF and GPTQ models"
+    raise ModelFileError(what, f"koala quantize {shlex.quote(str(folder))} --bits 4 makes one of it")
 
 
 def _architecture(settings: Settings) -> str:

@@ -249,7 +249,7 @@ def _known_sizes() -> list[tuple[str, int, bool]]:
     from koala_local.models import store
 
     with suppress(OSError, KoalaError):
-        sized = [(model, model.size) for model in store.known() if model.size is not None]
+        sized = [(model, model.size) for model in store.known() if model.runs and model.size is not None]
         return [(homeless(model.reference), count, model.repository is not None) for model, count in sized]
     return []
 

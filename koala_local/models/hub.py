@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
 from koala_local.models import cache
+from koala_local.models.page import size
 from koala_local.models.reference import HubReference, is_commit, is_oid, is_safe_name
 from koala_local.models.transfer import HubError, Progress, Source, bytes_kept, fetch
 from koala_local.models.variants import File
@@ -47,6 +48,7 @@ class Repository:
     reference: HubReference
     commit: str
     files: tuple[File, ...]
+    gptq: bool = False  # its config.json says so
 
     @property
     def name(self) -> str:
@@ -62,12 +64,17 @@ def describe(reference: HubReference) -> Repository:
                 name, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
             files = tuple(_checked(name, sibling) for sibling in info.siblings or ())
-            commit = info.sha
+            commit, gptq = info.sha, _says_gptq(info.config)
         except (KeyError, TypeError, AttributeError) as error:
             raise HubError(f"the hub's answer about {name} makes no sense ({error!r:.80})", _ODD) from None
     if not is_commit(commit) or commit is None:
         raise HubError(f"the hub names no commit of {name}", _ODD)
-    return Repository(reference, commit, files)
+    return Repository(reference, commit, files, gptq)
+
+
+def _says_gptq(config: Any) -> bool:
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "gptq"
 
 
 def _checked(repository: str, sibling: Any) -> File:
@@ -76,10 +83,10 @@ def _checked(repository: str, sibling: Any) -> File:
     if not is_safe_name(name):
         raise HubError(f"{repository} names a file {str(name)[:120]!r}, which may lead out of its folder", _ODD)
     lfs = sibling.lfs
-    size, oid = (lfs.size, lfs.sha256) if lfs else (sibling.size, sibling.blob_id)
-    if type(size) is not int or not 0 <= size < _LARGEST or not is_oid(oid) or (lfs and len(oid) != 64):
+    count, oid = (lfs.size, lfs.sha256) if lfs else (sibling.size, sibling.blob_id)
+    if type(count) is not int or not 0 <= count < _LARGEST or not is_oid(oid) or (lfs and len(oid) != 64):
         raise HubError(f"the hub gives no usable size and hash of {name} in {repository}", _ODD)
-    return File(name, size, oid)
+    return File(name, count, oid)
 
 
 def missing(repository: Repository, files: Sequence[File]) -> int:
@@ -117,7 +124,7 @@ def _check_space(needed: int, folder: Path) -> None:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
-        what = f"the download takes {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free in {str(there)!r}"
+        what = f"the download takes {size(needed)}, but only {size(free)} are free in {str(there)!r}"
         raise HubError(what, "make room (`koala rm`), take a smaller type, or set HF_HOME to a larger disk")
 
 
@@ -131,10 +138,6 @@ def _bring(repository: Repository, file: File, folder: Path, progress: Progress)
         if blob.exists():
             return
         url = hf_hub_url(repository.name, file.name, revision=repository.commit, endpoint=constants.ENDPOINT)
-        metadata = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, endpoint=constants.ENDPOINT)
-        if metadata.etag != file.oid or metadata.size not in (None, file.size):
-            what = f"{file.name} on the hub has changed: other size or hash than {repository.name} lists for it"
-            raise HubError(what, "try again; if it stays so, the server is at fault")
         fetch(Source(url, build_hf_headers(), file.name, file.size, file.oid), blob, progress)
 
 

@@ -9,10 +9,11 @@ the batch that `engine/llama.py` asks for; tests hold the two together, benchmar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from koala_local.models.devices import Gpu, Machine
+from koala_local.models.page import size
 from koala_local.models.shape import Shape
 
 DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
@@ -23,6 +24,8 @@ _KV_BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}  # values per b
 _TOKEN_BYTES = 200  # of llama.cpp's vocabulary, beside the file
 _GPU_MARGIN = 512 << 20  # for each: the driver's context, cuBLAS, what the screen takes
 _RAM_MARGIN = 256 << 20
+_SMALLEST_CONTEXT, _LARGEST_CONTEXT = 256 << 20, 2 << 30  # KV cache and buffers: 2048 tokens of a 13B model, and more
+_RAM_SHARE = 0.8  # the rest is the system's
 _WORTH_TRYING = 0.9  # after a load that failed, the next try takes at most this share
 
 
@@ -96,22 +99,18 @@ class Plan:
         return bool(self.problem) and room is not None and self.parts.anonymous > room + self.machine.swap_free
 
     def __str__(self) -> str:
-        where = f"{gigabytes(self.parts.ram)}{_of(self.machine.ram_available)} RAM"
+        where = f"{size(self.parts.ram)}{_of(self.machine.ram_available)} RAM"
         layers, total = self.choice.gpu_layers, self.shape.placeable
         if layers:
             room = sum(gpu.free for gpu in self.machine.gpus)
-            where = f"{gigabytes(self.parts.gpu)}{_of(room)} on the GPU, {where}"
+            where = f"{size(self.parts.gpu)}{_of(room)} on the GPU, {where}"
             where += "; all layers on the GPU" if layers == total else f"; {layers} of {total} layers on the GPU"
         text = f"memory: {where}; context {self.choice.context}, KV cache {self.choice.kv_type}"
         return f"{text}; to fit: {', '.join(self.concessions)}" if self.concessions else text
 
 
-def gigabytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
 def _of(room: int | None) -> str:
-    return "" if room is None else f" of {gigabytes(room)} free"
+    return "" if room is None else f" of {size(room)} free"
 
 
 def estimate(shape: Shape, machine: Machine, choice: Choice) -> Parts:
@@ -139,9 +138,9 @@ def estimate(shape: Shape, machine: Machine, choice: Choice) -> Parts:
 
 
 def _kv_bytes(widths: tuple[int, int], choice: Choice) -> int:
-    values, size = _KV_BLOCKS[choice.kv_type]
+    values, block = _KV_BLOCKS[choice.kv_type]
     cells = -(-choice.context // _STEP) * _STEP
-    return cells * sum(-(-width // values) * size for width in widths)
+    return cells * sum(-(-width // values) * block for width in widths)
 
 
 def _mask(choice: Choice) -> int:
@@ -233,11 +232,23 @@ def gpu_room(gpus: Sequence[Gpu]) -> int:
     return sum(max(0, gpu.free - _GPU_MARGIN) for gpu in gpus)
 
 
+def fits_on(machine: Machine) -> Callable[[int], bool | None]:
+    """Whether a model of so many bytes runs well, None where that is not known: before it is downloaded there is no
+    header to plan by. It should fit the GPUs that llama.cpp uses, or, without one, the RAM."""
+    memory = gpu_room(machine.gpus) if machine.gpus else int((machine.ram_total or 0) * _RAM_SHARE)
+
+    def fits(count: int) -> bool | None:
+        context = min(_LARGEST_CONTEXT, _SMALLEST_CONTEXT + count // 4)
+        return count + context <= memory if memory else None
+
+    return fits
+
+
 def _problem(plan: Plan) -> str:
     if not _fits_ram(plan):
-        return f"it needs {gigabytes(plan.parts.ram)} of RAM, and {gigabytes(plan.machine.ram_available or 0)} are free"
-    free = gigabytes(sum(gpu.free for gpu in plan.machine.gpus))
-    return f"it needs {gigabytes(plan.parts.gpu)} on the GPU, and {free} are free"
+        return f"it needs {size(plan.parts.ram)} of RAM, and {size(plan.machine.ram_available or 0)} are free"
+    free = size(sum(gpu.free for gpu in plan.machine.gpus))
+    return f"it needs {size(plan.parts.gpu)} on the GPU, and {free} are free"
 
 
 def _hint(plan: Plan) -> str:
@@ -250,5 +261,5 @@ def _hint(plan: Plan) -> str:
     rest = plan.parts.ram - plan.parts.weights + _RAM_MARGIN
     room = max(0, (plan.machine.ram_available or 0) - rest)
     if room > plan.shape.size // 8:  # fewer than two bits a weight for a model of 16: there is no such type
-        return f"close other programs, or take a type of at most {gigabytes(room)}: `koala pull REF --list` shows sizes"
+        return f"close other programs, or take a type of at most {size(room)}: `koala pull REF --list` shows sizes"
     return "close other programs, or take a smaller model"

@@ -13,7 +13,7 @@ from koala_local.models.transfer import HubError, Progress, remove_partial
 from koala_local.models.variants import Fits, Variant, choose, listed, variants
 
 _OLD_FORMAT = "the old GGML format (.ggmlv3), which llama.cpp no longer reads"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # of these, only a checkpoint's pytorch_model*.bin is taken, as a whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Offer:
 def look(reference: HubReference, fits: Fits) -> Offer:
     """Ask the hub. Raises HubError, or ModelFileError for a type or file that is not there."""
     repository = hub.describe(reference)
-    found = variants(repository.files)
+    found = variants(repository.files, gptq=repository.gptq)
     if not found or _is_old(reference.choice or ""):
         raise _no_model(repository)
     if reference.choice and reference.choice.lower().endswith(_PICKLES):
@@ -57,11 +57,12 @@ def _no_model(repository: hub.Repository) -> ModelFileError:
         hint = "get the model as GGUF; Koala 13B is `koala pull koala-13b`"
         return ModelFileError(f"{name} holds models in {_OLD_FORMAT}", hint)
     if any(file.endswith(_PICKLES) for file in names):
-        what = f"{name} has its weights only as pickles ({', '.join(_PICKLES)}), which can run code when they are read"
+        what = f"{name} has nothing but pickles ({', '.join(_PICKLES)}), which can run code when they are read"
         return ModelFileError(what, "get the model as GGUF or safetensors")
     if any(file.lower().endswith(".gguf") for file in names):
         return ModelFileError(f"{name} has GGUF files, but no whole model", "parts of a split model are missing there")
-    return ModelFileError(f"{name} holds no model that koala reads", "it needs a .gguf file, or a GPTQ model")
+    what = f"{name} holds no model that koala reads"
+    return ModelFileError(what, "it needs a .gguf file, or config.json with weights beside it")
 
 
 def remove(reference: HubReference) -> int:

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from koala_local.models.gguf_header import GgufHeader, Tensor
+from koala_local.models.gguf_header import GgufHeader, Tensor, read_header
 
 _LAYER = re.compile(r"blk\.(\d{1,9})\.(.+)")
+_FIRST = re.compile(r"(.+)-00001-of-(\d{5})\.gguf", re.IGNORECASE)
 _REPACK_ROWS = 8  # llama.cpp puts so many rows of a matrix side by side
 
 
@@ -50,6 +51,19 @@ class Shape:
     def is_estimate(self) -> bool:
         """Whether some layer keeps its history in another way than K and V of every token."""
         return not self.layers or any(not key for key, _ in self.kv_widths)
+
+
+def all_tensors(header: GgufHeader) -> tuple[Tensor, ...]:
+    """The tensors of all files of the model: of one in several (`-00001-of-00003`) the first file is what is opened,
+    and says how many there are. Raises ModelFileError where one is missing or damaged."""
+    match = _FIRST.fullmatch(header.path.name)
+    count = header.metadata.get("split.count")
+    if match is None or type(count) is not int or count != int(match[2]):
+        return header.tensors
+    tensors = header.tensors
+    for number in range(2, count + 1):
+        tensors += read_header(header.path.with_name(f"{match[1]}-{number:05}-of-{match[2]}.gguf")).tensors
+    return tensors
 
 
 def read_shape(header: GgufHeader, tensors: Sequence[Tensor]) -> Shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from koala_local.models.card import read_card
 from koala_local.models.devices import Machine
 from koala_local.models.gguf_header import GgufHeader, LongArray, read_header
 from koala_local.models.memory import Plan, Wish, fit
-from koala_local.models.shape import read_shape
-from koala_local.models.split import all_tensors
+from koala_local.models.shape import all_tensors, read_shape
 
 _TOKENIZERS = {"llama": "SentencePiece", "gpt2": "byte-level BPE", "bert": "WordPiece", "t5": "Unigram"}
 
@@ -32,7 +31,7 @@ class TensorType:
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """A model. `kind`: "gguf" or "gptq"; a value that the files do not give is None."""
+    """A model. `kind`: "gguf", "gptq" or "checkpoint" (unquantized); what the files do not say is None."""
 
     name: str
     kind: str
@@ -119,28 +118,24 @@ def _vocabulary(header: GgufHeader) -> int | None:
 
 
 def _describe_folder(folder: Path) -> About:
-    from koala_local.models.configuration import read_configuration
+    from koala_local.models.configuration import read_configuration, read_quantization
     from koala_local.models.json_file import read_optional
     from koala_local.models.safetensors_header import read_folder
 
-    config = read_configuration(folder / "config.json", quantized=True)
-    entries = read_folder(folder)
-    raw = read_optional(folder / "config.json")
-    settings = raw.get("quantization_config") or read_optional(folder / "quantize_config.json")
-    bits = settings.get("bits") if isinstance(settings, dict) else None
-    per_word = 32 / bits if type(bits) is int and 0 < bits <= 32 else 1
-    linear = sum(math.prod(entry.shape) for entry in entries if entry.name.endswith(".qweight"))
-    parts = (".qweight", ".qzeros", ".scales", ".g_idx")
-    other = sum(math.prod(entry.shape) for entry in entries if not entry.name.endswith(parts))
+    config, settings = read_configuration(folder / "config.json", quantized=True), read_quantization(folder)
+    pickles = [] if list(folder.glob("*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
+    entries = [] if pickles else read_folder(folder)
     template = read_optional(folder / "tokenizer_config.json").get("chat_template")
     kv = 2 * config.layers * config.kv_heads * config.head_size * 4 * min(config.context, 4096)
+    # on a CPU all but the packed weights is computed in 32 bits
+    ram = kv + sum(entry.size * (2 if entry.type in ("F16", "BF16") else 1) for entry in entries)
     return About(
         name=cache.repository_of(folder) or folder.name,
-        kind="gptq",
+        kind="gptq" if settings else "checkpoint",
         path=folder,
         architecture=config.architecture,
-        parameters=int(linear * per_word) + other,
-        bytes=sum(entry.size for entry in entries),
+        parameters=config.parameters,
+        bytes=sum(entry.size for entry in entries) or sum(path.stat().st_size for path in pickles),
         tensor_types=_count((entry.type, math.prod(entry.shape), entry.size) for entry in entries),
         layers=config.layers,
         embedding=config.hidden_size,
@@ -152,16 +147,15 @@ def _describe_folder(folder: Path) -> About:
         tokenizer="SentencePiece" if (folder / "tokenizer.model").is_file() else "tokenizers",
         template=template if isinstance(template, str) else None,
         licence=read_card(folder).licence or None,
-        quantization=_quantization(settings, bits),
-        # on a CPU all but the packed weights is computed in 32 bits
-        expected_ram=kv + sum(entry.size * (2 if entry.type in ("F16", "BF16") else 1) for entry in entries),
+        quantization=_quantization(settings),
+        expected_ram=ram if settings else None,
     )
 
 
-def _quantization(settings: Any, bits: Any) -> str | None:
+def _quantization(settings: Mapping[str, Any]) -> str | None:
+    bits, group = settings.get("bits"), settings.get("group_size", -1)
     if type(bits) is not int:
         return None
-    group = settings.get("group_size", -1)
     return f"GPTQ {bits} bits, " + (f"groups of {group}" if type(group) is int and group > 0 else "no groups")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 import click
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def show(reference: str, context: int | None, as_json: bool) -> None:
     """The facts of the model REF and the memory plan for this machine, from its header alone.
 
-    REF is what `koala chat` takes: nano, an alias, OWNER/REPO[:TYPE or :FILE], a GGUF file, or a GPTQ folder.
+    REF is what `koala chat` takes: nano, an alias, OWNER/REPO[:TYPE or :FILE], a GGUF file, or a folder.
     """
     from koala_local.models import show as facts
     from koala_local.models.devices import this_machine
@@ -46,11 +47,15 @@ def _page(about: About) -> str:
     types = [["  TYPE", "TENSORS", "WEIGHTS", "BYTES"]]
     for part in about.tensor_types:
         types.append([f"  {part.type}", str(part.tensors), f"{part.weights:,}", size(part.bytes)])
-    parts = [section(one_line(about.name), _facts(about)), f"tensors\n{columns(types)}"]
+    parts = [section(one_line(about.name), _facts(about))]
+    if about.tensor_types:
+        parts.append(f"tensors\n{columns(types)}")
     if about.plan:
         parts.append(section("memory", plan_rows(about.plan)))
     elif about.expected_ram:
         parts.append(section("memory", [("on a CPU", f"about {size(about.expected_ram)}; a GPU takes less")]))
+    elif about.kind == "checkpoint":
+        parts.append(f"not for chat as it is: koala quantize {shlex.quote(str(about.path))} --bits 4")
     return "\n\n".join(parts)
 
 

@@ -19,7 +19,7 @@ from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models import cache, catalog
 from koala_local.models.gguf_header import read_header
 from koala_local.models.quant_types import FILE_TYPES, type_in_name
-from koala_local.models.variants import File, Variant, variants
+from koala_local.models.variants import UNQUANTIZED, File, Variant, variants
 from koala_local.paths import data_folder, private_folder
 
 BUNDLED = "nano"
@@ -37,6 +37,11 @@ class Known:
     type: str
     used: float | None = None  # seconds since 1970
     repository: str | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether chat can run it: it is there, and no unquantized checkpoint."""
+        return self.size is not None and self.type not in UNQUANTIZED
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ def register(path: Path) -> list[Known]:
     Raises ModelFileError where there is none."""
     found = _models_at(path)
     if not found:
-        what = f"{str(path)!r} holds neither a .gguf file nor a GPTQ model"
+        what = f"{str(path)!r} holds neither a .gguf file nor a checkpoint"
         raise ModelFileError(what, "give the path of a .gguf file, or of a folder with config.json and safetensors")
     for model in found:
         if not model.path.is_dir():
@@ -132,15 +137,15 @@ def _registered() -> list[Known]:
 
 
 def _models_at(path: Path) -> list[Known]:
-    """The models at `path`: the file itself, the GPTQ folder itself, or the .gguf files directly in the folder."""
+    """The models at `path`: the file itself, the checkpoint's folder itself, or the .gguf files directly in it."""
     try:
         if path.is_file():
             return [Known(_name(path), path, "local", path.stat().st_size, type_in_name(path.name))]
         files = [File(entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file()]
     except OSError:
         return []
-    found = [(variant, path / variant.name if variant.name else path) for variant in variants(files)]
-    return [Known(_name(file), file, "local", variant.size, variant.type) for variant, file in found]
+    found = variants(files, gptq=cache.is_gptq(path))
+    return [Known(_name(path / v.name), path / v.name, "local", v.size, v.type) for v in found]
 
 
 def _name(path: Path) -> str:
@@ -152,7 +157,7 @@ def _cached() -> list[Known]:
     for repository in cache.repositories():
         for snapshot in cache.snapshots(repository):
             for variant in cache.variants_in(snapshot):
-                if variant.type != "SAFETENSORS" or _is_gptq(snapshot):
+                if variant.type not in UNQUANTIZED or _is_readable(snapshot):
                     model = _cached_model(repository, snapshot, variant)
                     if model.reference in found:  # an older commit's
                         model = replace(model, reference=f"{model.reference}@{snapshot.name}")
@@ -163,18 +168,17 @@ def _cached() -> list[Known]:
 def _cached_model(repository: str, snapshot: Path, variant: Variant) -> Known:
     short = catalog.alias_of(repository) or repository
     reference = short if variant.is_folder else f"{short}:{variant.choice}"
-    type_ = "GPTQ" if variant.is_folder else variant.type
-    return Known(reference, snapshot / variant.name, "cache", variant.size, type_, repository=repository)
+    return Known(reference, snapshot / variant.name, "cache", variant.size, variant.type, repository=repository)
 
 
-def _is_gptq(folder: Path) -> bool:
-    from koala_local.models.json_file import read_optional
+def _is_readable(folder: Path) -> bool:
+    """Whether `koala quantize` reads this checkpoint: the cache holds those of other programs, too."""
+    from koala_local.models.configuration import read_configuration
 
     try:
-        settings = read_optional(folder / "config.json").get("quantization_config")
+        return bool(read_configuration(folder / "config.json"))
     except KoalaError:
         return False
-    return isinstance(settings, dict) and settings.get("quant_method") == "gptq"
 
 
 def _file_details(model: Known) -> Details:
@@ -185,12 +189,9 @@ def _file_details(model: Known) -> Details:
 
 
 def _folder_details(model: Known) -> Details:
-    from koala_local.models.configuration import read_configuration
-    from koala_local.models.json_file import read_optional
+    from koala_local.models.configuration import read_configuration, read_quantization
 
-    config = read_optional(model.path / "config.json")
-    settings = config.get("quantization_config") or read_optional(model.path / "quantize_config.json")
-    bits = settings.get("bits") if isinstance(settings, dict) else None
+    bits = read_quantization(model.path).get("bits")
     context = read_configuration(model.path / "config.json", quantized=True).context
     return Details(f"GPTQ {bits} bits" if type(bits) is int else model.type, context)
 

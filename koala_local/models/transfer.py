@@ -169,7 +169,10 @@ def _fill(source: Source, partial: _Partial, progress: Progress) -> None:
         stop.set()
         for worker in workers:
             worker.join(2)  # a worker that waits for a silent server must not keep the user waiting, too
-        partial.save()
+        if partial.total:
+            partial.save()
+        else:
+            remove_partial(partial.path)
     if errors:
         raise errors[0]
 
@@ -218,6 +221,7 @@ def _request(source: Source, partial: _Partial, number: int, stop: threading.Eve
     )
     with stream as response, partial.path.open("r+b") as file:
         hf_raise_for_status(response)
+        _check_unchanged(source, response)
         _check_range(source, response, start, whole=len(partial.done) == 1)
         file.seek(start)
         for chunk in response.iter_bytes():
@@ -232,6 +236,15 @@ def _request(source: Source, partial: _Partial, number: int, stop: threading.Eve
 
 
 _LIES = "the server cannot be trusted with this file; try another repository"
+
+
+def _check_unchanged(source: Source, response: httpx2.Response) -> None:
+    """Raise where the hub, in what it says before it sends elsewhere for a large file, names another hash or size."""
+    for answer in response.history:
+        etag, size = answer.headers.get("X-Linked-Etag", ""), answer.headers.get("X-Linked-Size", "")
+        if etag.strip('"') not in ("", source.oid) or size not in ("", str(source.size)):
+            what = f"{source.name} on the hub has changed: other size or hash than its listing says"
+            raise HubError(what, "try again; if it stays so, the server is at fault")
 
 
 def _check_range(source: Source, response: httpx2.Response, start: int, *, whole: bool) -> None:

@@ -13,12 +13,14 @@ from koala_local.models.quant_types import rank, type_in_name
 
 Fits = Callable[[int], bool | None]  # whether a model whose files have this size runs well here; None: not known
 
-FOLDER_TYPES = ("GPTQ", "SAFETENSORS")
+UNQUANTIZED = ("SAFETENSORS", "PYTORCH")  # checkpoints that `koala quantize` makes a model of; chat runs none
 _FOLDER_FILES = (
-    *("config.json", "quantize_config.json", "generation_config.json", "model.safetensors.index.json"),
+    *("config.json", "quantize_config.json", "generation_config.json"),
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "*.safetensors"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
+_SAFETENSORS = ("*.safetensors", "model.safetensors.index.json")
+_PYTORCH = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # opened by the converter alone, as weights only
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<parts>\d{5})\.gguf", re.IGNORECASE)
 _NO_MODEL = ("mmproj", "imatrix")  # GGUF files that are parts of something else
 _SHOWN = 12
@@ -35,14 +37,14 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """Files that are one model: a GGUF, the parts of a split one, or those of a GPTQ folder."""
+    """Files that are one model: a GGUF, the parts of a split one, or those of a checkpoint's folder."""
 
-    type: str  # "Q4_K_M", "GPTQ", ..; "" where the name says nothing
+    type: str  # "Q4_K_M", "GPTQ", "PYTORCH", ..; "" where the name says nothing
     files: tuple[File, ...]
 
     @property
     def is_folder(self) -> bool:
-        return self.type in FOLDER_TYPES
+        return self.type in ("GPTQ", *UNQUANTIZED)
 
     @property
     def name(self) -> str:
@@ -59,22 +61,18 @@ class Variant:
         return self.type or self.name
 
 
-def variants(files: Iterable[File]) -> list[Variant]:
-    """The models among `files`, smallest first. A split GGUF with a part missing is none."""
+def variants(files: Iterable[File], *, gptq: bool = False) -> list[Variant]:
+    """The models among `files`, smallest first. A split GGUF with a part missing is none. `gptq`: config.json says that
+    the weights are quantized so."""
     files = sorted(files, key=lambda file: file.name)
     ggufs = [file for file in files if is_model_name(file.name)]
     found = _single(ggufs) + _split(ggufs)
-    return sorted(found, key=lambda variant: variant.size) or _folder(files)
+    return sorted(found, key=lambda variant: variant.size) or _folder(files, gptq)
 
 
 def is_model_name(name: str) -> bool:
     lowered = name.lower()
     return lowered.endswith(".gguf") and not any(word in lowered for word in _NO_MODEL)
-
-
-def is_folder_file(name: str) -> bool:
-    """Whether a GPTQ or safetensors model is read from this file, too. Nothing with code in it is."""
-    return any(fnmatchcase(name, pattern) for pattern in _FOLDER_FILES) and "/" not in name
 
 
 def _single(ggufs: Sequence[File]) -> list[Variant]:
@@ -93,12 +91,21 @@ def _split(ggufs: Sequence[File]) -> list[Variant]:
     return found
 
 
-def _folder(files: Sequence[File]) -> list[Variant]:
+def _folder(files: Sequence[File], gptq: bool) -> list[Variant]:
+    """The checkpoint that lies directly in the folder, without what has code in it, and without pickles where there is
+    anything else."""
     names = {file.name for file in files}
-    wanted = tuple(file for file in files if is_folder_file(file.name))
-    if "config.json" not in names or not any(file.name.endswith(".safetensors") for file in wanted):
+    safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
+    patterns = (*_FOLDER_FILES, *(_SAFETENSORS if safe else _PYTORCH))
+    wanted = tuple(file for file in files if _matches(file.name, patterns))
+    if "config.json" not in names or not any(_matches(file.name, ("*.safetensors", "*.bin")) for file in wanted):
         return []
-    return [Variant("GPTQ" if "quantize_config.json" in names else "SAFETENSORS", wanted)]
+    quantized = gptq or "quantize_config.json" in names
+    return [Variant("GPTQ" if quantized and safe else "SAFETENSORS" if safe else "PYTORCH", wanted)]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def choose(found: Sequence[Variant], choice: str | None, fits: Fits, where: str) -> Variant:

@@ -120,7 +120,20 @@ def test_a_gptq_folder_has_no_code_and_no_pickles() -> None:
     (found,) = variants(files(*named, "sub/config.json", "training.pt"))
     assert found.type == "GPTQ" and found.is_folder and found.name == ""
     assert {file.name for file in found.files} == {*named[:4]}
-    assert variants(files("config.json", "pytorch_model.bin")) == []
+    assert variants(files("config.json", "x.bin", "training.pt")) == []
+
+
+def test_a_checkpoint_that_is_not_quantized() -> None:
+    shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+    (found,) = variants(files("config.json", *shards, "tokenizer.model", "optimizer.bin", "README.md"))
+    assert found.type == "PYTORCH" and found.is_folder
+    assert {file.name for file in found.files} == {"config.json", "tokenizer.model", *shards}
+    (found,) = variants(files("config.json", *shards, "model.safetensors"))
+    assert found.type == "SAFETENSORS"
+    assert {file.name for file in found.files} == {"config.json", "model.safetensors"}
+    (found,) = variants(files("config.json", "model.safetensors"), gptq=True)
+    assert found.type == "GPTQ"
+    assert variants(files("sub/config.json", "sub/pytorch_model.bin")) == []
 
 
 def test_the_best_that_fits_is_chosen() -> None:

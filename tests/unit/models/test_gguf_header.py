@@ -254,9 +254,9 @@ def test_no_size_is_believed(write: Callable[[bytes], Path], huge: int) -> None:
         container(tensors=(tensor("w", (2**16, 2**16, 2**16, 2**16)),)),
         container(tensors=(tensor("w", (32,), offset=huge),)),
     ]:
-        start = time.monotonic()
+        start = time.process_time()
         refusal(write(content))
-        assert time.monotonic() - start < 0.5
+        assert time.process_time() - start < 0.5
 
 
 @pytest.mark.parametrize("strings", [2**30, 2**21])
@@ -264,9 +264,9 @@ def test_an_endless_header_is_given_up(tmp_path: Path, strings: int) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(container((pair("key", ARRAY, struct.pack("<IQ", STRING, strings)),), counts=(0, 1000)))
     os.truncate(path, 2**34)  # what follows is a hole full of zeros, read as empty strings without end
-    start = time.monotonic()
+    start = time.process_time()
     refusal(path)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

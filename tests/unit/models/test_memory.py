@@ -20,8 +20,7 @@ from koala_local.errors import ModelFileError
 from koala_local.models.devices import Gpu, Machine, this_machine
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.memory import Choice, Plan, Wish, estimate, fit, gpu_room, step_down
-from koala_local.models.shape import Block, Shape, read_shape
-from koala_local.models.split import all_tensors
+from koala_local.models.shape import Block, Shape, all_tensors, read_shape
 from tests.gguf_maker import make_model
 
 GB = 10**9

@@ -67,7 +67,7 @@ def gptq_folder(folder: Path) -> Path:
 def test_a_gptq_folder(tmp_path: Path) -> None:
     about = show.describe(gptq_folder(tmp_path / "model"), HERE, Wish())
     assert about.kind == "gptq" and about.quantization == "GPTQ 4 bits, groups of 32"
-    assert about.parameters == 64 * 64 + 100 * 64
+    assert about.parameters == 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 100 * 64 + 64
     assert about.bytes == 15104 and about.plan is None and about.expected_ram
     assert {part.type: part.tensors for part in about.tensor_types} == {"I32": 1, "F16": 2}
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+_NARROWEST = 16  # columns of a text that is folded
+
+
 class Exit(IntEnum):
     """What the program's exit status tells. A signal's is 128 and its number, as a shell has it."""
 
@@ -59,8 +62,22 @@ def json_line(content: object) -> None:
 
 
 def note(text: str) -> None:
-    """Tell the user something that is no result."""
-    _write(sys.stderr, text, "\n")
+    """Tell the user something that is no result, folded at words where the terminal is too narrow for a line."""
+    _write(sys.stderr, "\n".join(folded(line, stream=sys.stderr) for line in text.split("\n")), "\n")
+
+
+def folded(text: str, first: str = "", rest: str = "", *, stream: IO[str] | None = None) -> str:
+    """`text` behind `first`, in lines as wide as the terminal on `stream`, or stdout; the later ones behind `rest`. A
+    word that is longer, such as a path, stays whole: it is to be copied."""
+    import textwrap
+
+    stream, width = stream or sys.stdout, 0
+    with suppress(OSError, ValueError, AttributeError):  # no terminal, closed, None
+        width = os.get_terminal_size(stream.fileno()).columns
+    if width < len(rest) + _NARROWEST or len(first) + len(text) <= width:
+        return f"{first}{text}"
+    fold = textwrap.TextWrapper(width, first, rest, break_long_words=False, break_on_hyphens=False)
+    return fold.fill(text)
 
 
 def warn(text: str) -> None:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -23,6 +23,7 @@ from koala_local.chat.kv_files import KvFiles
 from koala_local.chat.ledger import Exchange, Ledger
 from koala_local.dialogue import Turn
 from koala_local.engine.base import Engine
+from koala_local.engine.llama import Placement
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import ContextError
 
@@ -141,38 +142,53 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def peer_speeds(
-    path: Path, prefill: Sequence[int], decode: Sequence[int], gpu_layers: int
-) -> dict[tuple[str, int], float]:
-    """What llama-bench measures, by kind and length; {} where it is not on the PATH or gives nothing readable."""
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What llama-bench measured: tokens a second by kind and length, of which build of llama.cpp; or why nothing."""
+
+    speeds: Mapping[tuple[str, int], float]
+    build: str = ""
+    problem: str = ""
+
+
+def ask_peer(path: Path, prefill: Sequence[int], decode: Sequence[int], placement: Placement) -> Peer | None:
+    """Let llama-bench measure the same file, placed as it was here; None where it is not on the PATH."""
     program = shutil.which(_PEER)
-    if program is None or path.is_dir():
-        return {}
+    if program is None or path.is_dir() or not (prefill or decode):
+        return None
     read, written = (",".join(map(str, lengths)) or "0" for lengths in (prefill, decode))
-    command = [program, "-m", str(path), "-p", read, "-n", written, "-ngl", str(gpu_layers)]
+    command = [program, "-m", str(path), "-p", read, "-n", written, "-ngl", str(placement.gpu_layers or 0)]
+    command += ["-t", str(placement.threads), "-ctk", placement.kv_type, "-ctv", placement.kv_type]
     command += ["-r", str(_REPEATS), "-o", "json"]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PEER_TIMEOUT_S, check=True
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PEER_TIMEOUT_S, check=False
         )
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return read_peer(done.stdout.decode("utf-8", "replace"))
+    except OSError as error:
+        return Peer({}, problem=f"{program} cannot be run: {error.strerror}")
+    except subprocess.TimeoutExpired:
+        return Peer({}, problem=f"it was not ready after {_PEER_TIMEOUT_S} s")
+    peer = read_peer(done.stdout.decode("utf-8", "replace"))
+    if peer.speeds:
+        return peer
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return Peer({}, problem=said[-1] if said else f"its output cannot be read (exit status {done.returncode})")
 
 
-def read_peer(output: str) -> dict[tuple[str, int], float]:
+def read_peer(output: str) -> Peer:
     """What `llama-bench -o json` prints: an array of one object a test (llama.cpp's tools/llama-bench/README.md). With
     `n_prompt` alone it is prefill, with `n_gen` alone decode; `avg_ts` is in tokens a second."""
     match = re.search(r"^\[.*^\]", output, re.MULTILINE | re.DOTALL)
     try:
         tests = json.loads(match[0]) if match else []
     except ValueError:
-        return {}
-    found = {}
-    for test in tests if isinstance(tests, list) else []:
+        tests = []
+    found, build = {}, ""
+    for test in tests:
         if not isinstance(test, dict) or test.get("n_depth"):
             continue
         read, written, speed = (test.get(key) for key in ("n_prompt", "n_gen", "avg_ts"))
         if type(read) is int and type(written) is int and isinstance(speed, int | float) and 0 in (read, written):
             found["prefill" if read else "decode", read or written] = float(speed)
-    return found
+            build = str(test.get("build_commit", ""))
+    return Peer(found, build)

@@ -10,7 +10,7 @@ import click
 from koala_local import console
 
 if TYPE_CHECKING:
-    from koala_local.chat.bench import Resume, Speed, TurnTime
+    from koala_local.chat.bench import Peer, Resume, Speed, TurnTime
     from koala_local.chat.loader import LoadedModel
 
 
@@ -52,12 +52,31 @@ def bench(model: str, prefill: list[int], decode: list[int], turns: int, context
         peak = measure.peak_memory()
     finally:
         loaded.engine.close()
-    peer = measure.peer_speeds(loaded.path, prefill, decode, getattr(engine, "gpu_layers", 0))
-    speeds = [replace(speed, peer=peer.get((speed.kind, speed.tokens))) for speed in speeds]
+    peer = _peer(loaded, prefill, decode)
+    if peer:
+        speeds = [replace(speed, peer=peer.speeds.get((speed.kind, speed.tokens))) for speed in speeds]
     if as_json:
         console.json_line(_as_json(loaded, speeds, times, resume, peak))
     else:
         console.out(_page(loaded, speeds, times, resume, peak))
+
+
+def _peer(loaded: LoadedModel, prefill: list[int], decode: list[int]) -> Peer | None:
+    """What llama-bench says of the same file on as many threads; the engine is closed, and the machine free."""
+    from koala_local.chat.bench import ask_peer
+    from koala_local.engine.llama import Placement, physical_cores
+    from koala_local.models.devices import ggml_version
+
+    placed, size = loaded.engine, loaded.engine.context_size
+    placement = Placement(
+        size, getattr(placed, "gpu_layers", 0), getattr(placed, "kv_type", "f16"), threads=physical_cores()
+    )
+    peer = ask_peer(loaded.path, prefill, decode, placement)
+    if peer and peer.problem:
+        console.warn(f"llama-bench measured nothing: {peer.problem}")
+    elif peer and peer.build:
+        console.note(f"llama-bench is of llama.cpp {peer.build}, this program has {ggml_version() or 'an unknown one'}")
+    return peer
 
 
 def _as_json(
@@ -79,7 +98,7 @@ def _page(
 ) -> str:
     from koala_local.models.page import columns, one_line, size
 
-    parts = [f"{one_line(loaded.name)}: {loaded.engine.placed}, context {loaded.engine.context_size}"]
+    parts = [console.folded(f"{one_line(loaded.name)}: {loaded.engine.placed}, context {loaded.engine.context_size}")]
     if speeds:
         compared = any(speed.peer for speed in speeds)
         rows = [["", "TOKENS", "TOKENS/S", *(["LLAMA-BENCH", "RATIO"] if compared else [])]]
@@ -92,9 +111,10 @@ def _page(
     if resume:
         load, evaluate = (f"{1000 * seconds:.0f} ms" for seconds in (resume.load_s, resume.evaluate_s))
         file = size(resume.file_bytes)
-        parts.append(f"resume {resume.tokens} tokens: {load} from a file of {file}; evaluating them takes {evaluate}")
+        text = f"resume {resume.tokens} tokens: {load} from a file of {file}; evaluating them takes {evaluate}"
+        parts.append(console.folded(text))
     if peak is not None:
-        parts.append(f"peak memory: {size(peak)}, of which some 50 MB are the program's own")
+        parts.append(console.folded(f"peak memory: {size(peak)}, of which some 50 MB are the program's own"))
     return "\n\n".join(parts)
 
 

@@ -106,7 +106,7 @@ def _table(offer: Offer, fits: Sequence[str]) -> str:
     for variant, answer in zip(offer.found, fits, strict=True):
         parts = f" and {len(variant.files) - 1} more" if len(variant.files) > 1 else ""
         mark = "->" if variant == offer.chosen else ""
-        file = variant.name or variant.files[0].name
+        file = variant.name or max(variant.files, key=lambda file: file.size).name
         rows.append([mark, variant.type or "?", size(variant.size), answer, f"{file}{parts}"])
     return columns(rows)
 
@@ -196,8 +196,11 @@ def _registered(reference: str) -> Path | None:
 
 def _remove_cached(text: str, wanted: HubReference, yes: bool) -> None:
     from koala_local.models import store
+    from koala_local.models.pull import is_here
     from koala_local.models.pull import remove as remove_from_cache
 
+    if not is_here(wanted):
+        raise ModelFileError(f"{text} is not in the cache", "`koala list` shows what is")
     gone = [model for model in store.known() if model.repository == wanted.repository and _is_meant(model, wanted)]
     what = ", ".join(f"{model.reference} ({size(model.size or 0)})" for model in gone) or f"what is left of {text}"
     if not yes:

@@ -85,10 +85,10 @@ def examine() -> Report:
     total, available, _ = devices.ram()
     makers = find_gpus()
     folders = {"data": _folder(paths.data_folder()), "models": _folder(_hub_cache())}
+    findings += bad_folders(folders)
     if speed is not None:
-        findings += idle_gpus(makers, backends, gpus)
-        findings += [*missing_features(features, _cpu_flags()), *_busy()]
-    findings += [*too_large(_known_sizes(), total, gpus), *bad_folders(folders)]
+        findings += [*idle_gpus(makers, backends, gpus), *missing_features(features, _cpu_flags())]
+    findings += [*too_large(_known_sizes(), total, gpus), *_busy()]
     return Report(
         versions=_versions(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",

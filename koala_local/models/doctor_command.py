@@ -55,7 +55,9 @@ def _page(report: Report) -> str:
         speed, rows = report.speed, [("threads", str(report.speed.threads))]
         rows += [("prefill", f"{speed.prefill:.0f} tokens/s"), ("decode", f"{speed.decode:.0f} tokens/s")]
         parts.append(section("the bundled model", rows))
-    found = [f"{number}. {part.what}\n   {part.remedy}" for number, part in enumerate(report.findings, 1)]
+    found = []
+    for number, part in enumerate(report.findings, 1):
+        found += [console.folded(part.what, f"{number}. ", "   "), console.folded(part.remedy, "   ", "   ")]
     return "\n\n".join([*parts, "\n".join(["findings", *found]) if found else "Nothing is amiss."])
 
 

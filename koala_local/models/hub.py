@@ -7,6 +7,7 @@ the hub answers is trusted: names, sizes and hashes are checked before a path is
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -203,5 +204,5 @@ def _explain(error: Exception, reference: HubReference) -> NoReturn:
 
 def _reason(error: Exception) -> str:
     with suppress(IndexError):
-        return str(error).splitlines()[0][:160]
+        return re.sub(r"^\[Errno -?\d+\] ", "", str(error).splitlines()[0])[:160]
     return type(error).__name__

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from koala_local.console import folded
+
 _LONGEST = 200
 
 
@@ -16,8 +18,10 @@ def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
 
 
 def section(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A title and names with their values below it."""
-    return f"{title}\n{columns([(name, one_line(value)) for name, value in rows], '  ')}"
+    """A title and names with their values below it, folded at words where the terminal is too narrow."""
+    width = max(len(name) for name, _ in rows)
+    lines = [folded(one_line(value), f"  {name.ljust(width)}  ", " " * (width + 4)) for name, value in rows]
+    return "\n".join([title, *lines])
 
 
 def one_line(text: str) -> str:

@@ -69,19 +69,14 @@ def remove(reference: HubReference) -> int:
     """Remove a model from the cache, all of the repository's where no type is named; half-finished downloads go with
     it. Returns the bytes that this frees. Raises ModelFileError where there is nothing of it."""
     from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
 
-    partial = sorted((cache.repository_folder(reference.repository) / "blobs").glob("*.koala.incomplete"))
-    try:
-        info = scan_cache_dir(cache.folder())
-    except CacheNotFound:
-        raise ModelFileError(f"{reference} is not in the cache", "`koala list` shows what is") from None
+    partial, wanted = _partial(reference), _paths(reference)
+    if not partial and not wanted:
+        raise ModelFileError(f"{reference} is not in the cache", "`koala list` shows what is")
+    info = scan_cache_dir(cache.folder())
     repositories = [repo for repo in info.repos if repo.repo_id == reference.repository and repo.repo_type == "model"]
     files = [file for repo in repositories for revision in repo.revisions for file in revision.files]
-    wanted = _paths(reference)
     chosen = [file for file in files if file.file_path in wanted]
-    if not chosen and not partial:
-        raise ModelFileError(f"{reference} is not in the cache", "`koala list` shows what is")
     freed = sum(path.stat().st_blocks * 512 for path in partial)
     if chosen:
         rest = any(file.file_path not in wanted for file in files if file.file_name.lower().endswith(".gguf"))
@@ -94,6 +89,15 @@ def remove(reference: HubReference) -> int:
     for path in partial:
         remove_partial(path)
     return freed
+
+
+def is_here(reference: HubReference) -> bool:
+    """Whether there is anything of it in the cache, be it a half-finished download."""
+    return bool(_paths(reference) or _partial(reference))
+
+
+def _partial(reference: HubReference) -> list[Path]:
+    return sorted((cache.repository_folder(reference.repository) / "blobs").glob("*.koala.incomplete"))
 
 
 def _paths(reference: HubReference) -> set[Path]:

@@ -47,7 +47,7 @@ def _page(about: About) -> str:
     types = [["  TYPE", "TENSORS", "WEIGHTS", "BYTES"]]
     for part in about.tensor_types:
         types.append([f"  {part.type}", str(part.tensors), f"{part.weights:,}", size(part.bytes)])
-    parts = [section(one_line(about.name), _facts(about))]
+    parts = [section(console.folded(one_line(about.name)), _facts(about))]
     if about.tensor_types:
         parts.append(f"tensors\n{columns(types)}")
     if about.plan:
@@ -55,7 +55,7 @@ def _page(about: About) -> str:
     elif about.expected_ram:
         parts.append(section("memory", [("on a CPU", f"about {size(about.expected_ram)}; a GPU takes less")]))
     elif about.kind == "checkpoint":
-        parts.append(f"not for chat as it is: koala quantize {shlex.quote(str(about.path))} --bits 4")
+        parts.append(console.folded(f"not for chat as it is: koala quantize {shlex.quote(str(about.path))} --bits 4"))
     return "\n\n".join(parts)
 
 

@@ -15,7 +15,7 @@ Fits = Callable[[int], bool | None]  # whether a model whose files have this siz
 
 UNQUANTIZED = ("SAFETENSORS", "PYTORCH")  # checkpoints that `koala quantize` makes a model of; chat runs none
 _FOLDER_FILES = (
-    *("config.json", "quantize_config.json", "generation_config.json"),
+    *("config.json", "quantize_config.json", "generation_config.json", "README.md"),  # the card: name and licence
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja"),
 )

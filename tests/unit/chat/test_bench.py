@@ -10,7 +10,7 @@ import pytest
 from koala_local.chat import bench
 from koala_local.chat.ledger import Ledger
 from koala_local.dialogue import KOALA
-from koala_local.engine.llama import LlamaEngine
+from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.errors import ContextError
 from tests.engines import tiny_engine
 
@@ -21,7 +21,8 @@ TESTS: list[dict[str, Any]] = [
     {"build_commit": "8cf427ff", "n_prompt": 512, "n_gen": 128, "n_depth": 0, "avg_ts": 500.0, "stddev_ts": 1.0},
     {"build_commit": "8cf427ff", "n_prompt": 512, "n_gen": 0, "n_depth": 4096, "avg_ts": 1.0, "stddev_ts": 1.0},
 ]
-SPEEDS = {("prefill", 512): 7100.002165, ("decode", 128): 118.881588}
+PEER = bench.Peer({("prefill", 512): 7100.002165, ("decode", 128): 118.881588}, "8cf427ff")
+HERE = Placement(512, 0, "q8_0", threads=2)
 
 
 @pytest.fixture
@@ -73,14 +74,14 @@ def test_memory_is_known() -> None:
 
 
 def test_what_llama_bench_prints_is_read() -> None:
-    assert bench.read_peer(json.dumps(TESTS, indent=2)) == SPEEDS
+    assert bench.read_peer(json.dumps(TESTS, indent=2)) == PEER
     noisy = f"ggml_cuda_init: found 1 CUDA device\n{json.dumps(TESTS, indent=2)}\n"
-    assert bench.read_peer(noisy) == SPEEDS
+    assert bench.read_peer(noisy) == PEER
 
 
 @pytest.mark.parametrize("output", ["", "error", "[", '[{"n_prompt": "512"}]', "[1, null]", '{"n_prompt": 512}'])
 def test_what_cannot_be_read_is_left_out(output: str) -> None:
-    assert bench.read_peer(output) == {}
+    assert bench.read_peer(output).speeds == {}
 
 
 def fake_peer(folder: Path, script: str) -> None:
@@ -94,16 +95,37 @@ def test_llama_bench_is_asked_for_the_same_lengths(tmp_path: Path, monkeypatch: 
     (tmp_path / "answer.json").write_text(json.dumps(TESTS, indent=2))
     fake_peer(tmp_path / "bin", f'echo "$@" > {tmp_path}/asked; cat {tmp_path}/answer.json')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    assert bench.peer_speeds(tmp_path / "m.gguf", [128, 512], [128], 0) == SPEEDS
+    assert bench.ask_peer(tmp_path / "m.gguf", [128, 512], [128], HERE) == PEER
     asked = (tmp_path / "asked").read_text()
-    assert asked == f"-m {tmp_path}/m.gguf -p 128,512 -n 128 -ngl 0 -r 3 -o json\n"
-    assert bench.peer_speeds(tmp_path / "m.gguf", [], [128], 0) == SPEEDS
+    assert asked == f"-m {tmp_path}/m.gguf -p 128,512 -n 128 -ngl 0 -t 2 -ctk q8_0 -ctv q8_0 -r 3 -o json\n"
+    assert bench.ask_peer(tmp_path / "m.gguf", [], [128], HERE) == PEER
     assert "-p 0 -n 128" in (tmp_path / "asked").read_text()
 
 
-def test_a_llama_bench_that_fails_or_is_missing_gives_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_peer(tmp_path / "bin", "exit 1")
+@pytest.mark.parametrize(
+    ("script", "problem"),
+    [
+        ("exit 1", "exit status 1"),
+        ("echo loading >&2; echo 'main: error: failed to load model' >&2; exit 1", "main: error: failed to load model"),
+        ("echo '| model | t/s |'", "cannot be read"),
+        ("exec sleep 30", "not ready after"),
+    ],
+)
+def test_a_llama_bench_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, problem: str
+) -> None:
+    fake_peer(tmp_path / "bin", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    assert bench.peer_speeds(tmp_path / "m.gguf", [128], [], 0) == {}
+    if "sleep" in script:
+        monkeypatch.setattr(bench, "_PEER_TIMEOUT_S", 1)
+    found = bench.ask_peer(tmp_path / "m.gguf", [128], [], HERE)
+    assert found and not found.speeds and problem in found.problem
+
+
+def test_a_llama_bench_that_is_missing_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert bench.peer_speeds(tmp_path / "m.gguf", [128], [], 0) == {}
+    assert bench.ask_peer(tmp_path / "m.gguf", [128], [], HERE) is None
+    fake_peer(tmp_path / "bin", "exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert bench.ask_peer(tmp_path, [128], [], HERE) is None
+    assert bench.ask_peer(tmp_path / "m.gguf", [], [], HERE) is None

@@ -125,7 +125,7 @@ def test_a_gptq_folder_has_no_code_and_no_pickles() -> None:
 
 def test_a_checkpoint_that_is_not_quantized() -> None:
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
-    (found,) = variants(files("config.json", *shards, "tokenizer.model", "optimizer.bin", "README.md"))
+    (found,) = variants(files("config.json", *shards, "tokenizer.model", "optimizer.bin"))
     assert found.type == "PYTORCH" and found.is_folder
     assert {file.name for file in found.files} == {"config.json", "tokenizer.model", *shards}
     (found,) = variants(files("config.json", *shards, "model.safetensors"))

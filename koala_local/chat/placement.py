@@ -12,6 +12,8 @@ from koala_local.models.gguf_header import GgufHeader
 from koala_local.models.memory import Plan, Wish, fit, step_down
 from koala_local.models.shape import all_tensors, read_shape
 
+_NOTHING_LEFT = "close other programs, or take a smaller model: `koala pull REF --list` shows sizes"
+
 
 def load_planned(path: Path, header: GgufHeader, wish: Wish, note: Callable[[str], None]) -> tuple[LlamaEngine, Plan]:
     """The model, checked and probed before, placed by the plan, and that plan. Every step down from the first one is
@@ -24,11 +26,12 @@ def load_planned(path: Path, header: GgufHeader, wish: Wish, note: Callable[[str
     while True:
         try:
             return LlamaEngine(path, header.fingerprint, _placement(plan)), plan
-        except OutOfMemoryError:
+        except OutOfMemoryError as error:
             smaller = step_down(plan)
             if smaller is None:
-                raise
-            note("there was not enough memory for that after all; trying with less")
+                hint = _NOTHING_LEFT if plan.wish == Wish() else error.hint
+                raise OutOfMemoryError(error.message, hint) from None
+            note(f"not enough memory after all for {plan.choice}; trying {smaller.choice}")
             plan = smaller
 
 

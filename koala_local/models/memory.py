@@ -78,6 +78,10 @@ class Choice:
     kv_type: str
     gpu_layers: int
 
+    def __str__(self) -> str:
+        layers = f", {self.gpu_layers} layers on the GPU" if self.gpu_layers else ""
+        return f"context {self.context}, KV cache {self.kv_type}{layers}"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

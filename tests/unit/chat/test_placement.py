@@ -52,6 +52,7 @@ def test_a_load_that_fails_goes_on_with_less_and_says_so(path: Path, monkeypatch
     assert [wanted.kv_type for wanted in tried] == ["f16", "q8_0", "q8_0"]
     assert tried[1].context == 4096 and tried[2].context < 4096
     assert len(notes) == 2 and all("not enough memory" in note for note in notes)
+    assert "KV cache f16, 3 layers on the GPU; trying context 4096, KV cache q8_0, 3 layers" in notes[0]
     assert plan.concessions
 
 
@@ -60,8 +61,12 @@ def test_what_the_user_asked_for_is_not_retried(path: Path, monkeypatch: pytest.
         raise OutOfMemoryError("no memory", "take less")
 
     monkeypatch.setattr(placement, "LlamaEngine", fail)
-    with pytest.raises(OutOfMemoryError, match="no memory"):
+    with pytest.raises(OutOfMemoryError, match="no memory") as caught:
         load_planned(path, read_header(path), Wish(1024, "f16", 0), lambda _: None)
+    assert caught.value.hint == "take less"
+    with pytest.raises(OutOfMemoryError, match="no memory") as caught:
+        load_planned(path, read_header(path), Wish(), lambda _: None)
+    assert "smaller model" in caught.value.hint
 
 
 @pytest.mark.parametrize(("ram", "swap", "refused"), [(1 << 20, 0, True), (1 << 20, 1 << 30, False)])

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _NARROWEST = 16  # columns of a text that is folded
+_WIDE = 72  # columns for all of a progress line
 
 
 class Exit(IntEnum):
@@ -106,8 +107,8 @@ def as_text(content: object) -> str:
 
 @contextmanager
 def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
-    """A bar on stderr, where that is a terminal, with count or bytes (`unit` "B"), rate and time left.
-    Yields `step(done, total, detail="")`."""
+    """A bar on stderr, where that is a terminal, with count or bytes (`unit` "B"), rate and time left; count and
+    time on a narrow one. Yields `step(done, total, detail="")`."""
     from rich import progress as bars
 
     console = err_console()
@@ -115,10 +116,10 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
     if unit == "B":
         counts = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     columns: list[Any] = [bars.TextColumn("{task.description}"), bars.BarColumn(), *counts, bars.TimeRemainingColumn()]
-    detail_column = bars.TextColumn("{task.fields[detail]}")
-    with bars.Progress(
-        *columns, detail_column, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    columns.append(bars.TextColumn("{task.fields[detail]}"))
+    if console.width < _WIDE:
+        columns = [columns[0], counts[0], columns[-2]]
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, detail="")
 
         def step(done: int, total: int, detail: str = "") -> None:

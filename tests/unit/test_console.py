@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+import termios
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import IO
 
 import pexpect
 import pytest
@@ -227,3 +232,37 @@ def test_what_rich_prints_as_plain_text() -> None:
     assert "12" in text
     assert "\x1b" not in text
     assert console.as_text("a\x1b[31mb") == "ab"
+
+
+@pytest.fixture
+def narrow() -> Iterator[tuple[int, IO[str]]]:
+    """A terminal of 40 columns: the descriptor to read from, and the stream to write to."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    with os.fdopen(writer, "w") as stream:
+        yield reader, stream
+    os.close(reader)
+
+
+def test_a_text_is_folded_at_words_on_a_narrow_terminal(narrow: tuple[int, IO[str]]) -> None:
+    _, stream = narrow
+    path = "/home/someone/" + "x" * 60
+    lines = console.folded(f"the model at {path} takes more than this machine has", "1. ", "   ", stream=stream)
+    assert lines.splitlines() == ["1. the model at", f"   {path}", "   takes more than this machine has"]
+    assert console.folded("word " * 20, stream=io.StringIO()) == "word " * 20
+    assert console.folded("two  columns", stream=stream) == "two  columns"
+
+
+def test_notes_and_progress_are_readable_on_a_narrow_terminal(
+    narrow: tuple[int, IO[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, stream = narrow
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")  # rich looks at the streams that the program was started with
+    console.note("first line\n" + "word " * 12)
+    assert os.read(reader, 1000).decode().splitlines() == ["first line", "word " * 7 + "word", "word " * 3 + "word"]
+    with console.progress("downloading", "B") as step:
+        step(1_300_000, 7_900_000, "koala-13B-HF.Q4_K_M.gguf")
+    shown = os.read(reader, 10_000).decode()
+    assert "1.3/7.9 MB" in shown and "Q4_K_M" not in shown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from koala_local.errors import KoalaError
 from koala_local.models.reference import HubReference, is_commit
-from koala_local.models.variants import File, Variant, choose, variants
+from koala_local.models.variants import File, Variant, choose, is_meant, variants
 
 _PREFIX = "models--"
 
@@ -109,15 +109,7 @@ def find(reference: HubReference) -> Path | None:
 
     Raises ModelFileError for a type that several files have."""
     for snapshot in snapshots(reference.repository, reference.revision):
-        found = variants_in(snapshot)
-        if reference.choice is not None:
-            found = [variant for variant in found if is_meant(variant, reference.choice)]
+        found = [variant for variant in variants_in(snapshot) if is_meant(variant, reference.choice)]
         if found:
             return snapshot / choose(found, reference.choice, lambda size: None, str(reference)).name
     return None
-
-
-def is_meant(variant: Variant, choice: str) -> bool:
-    """Whether `choice`, a type or a file, names this model."""
-    names = {variant.type, *(name for file in variant.files for name in (file.name, file.name.rpartition("/")[2]))}
-    return choice.lower() in (name.lower() for name in names)

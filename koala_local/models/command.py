@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -195,13 +195,14 @@ def _registered(reference: str) -> Path | None:
 
 
 def _remove_cached(text: str, wanted: HubReference, yes: bool) -> None:
+    from koala_local.models import pull as cached
     from koala_local.models import store
-    from koala_local.models.pull import is_here
-    from koala_local.models.pull import remove as remove_from_cache
 
-    if not is_here(wanted):
+    files = cached.cached_files(wanted)
+    if not files and not cached.half_finished(wanted):
         raise ModelFileError(f"{text} is not in the cache", "`koala list` shows what is")
-    gone = [model for model in store.known() if model.repository == wanted.repository and _is_meant(model, wanted)]
+    mine = [model for model in store.known() if model.repository == wanted.repository]
+    gone = [model for model in mine if _holds(model.path.parent.resolve() / model.path.name, files)]
     what = ", ".join(f"{model.reference} ({size(model.size or 0)})" for model in gone) or f"what is left of {text}"
     if not yes:
         if not (sys.stdin and sys.stdin.isatty()):
@@ -209,13 +210,13 @@ def _remove_cached(text: str, wanted: HubReference, yes: bool) -> None:
         if not click.confirm(f"Remove {what}?", err=True):
             console.note("nothing is removed")
             return
-    freed = remove_from_cache(wanted)
+    freed = cached.remove(wanted)
     for model in gone:
         if not model.path.exists():
             store.forget(model.path)
     console.note(f"removed {what}; {size(freed)} are free again")
 
 
-def _is_meant(model: Known, wanted: HubReference) -> bool:
-    choice = (wanted.choice or "").lower()
-    return not choice or choice in (model.type.lower(), model.path.name.lower())
+def _holds(model: Path, files: Iterable[Path]) -> bool:
+    """Whether one of the files is the model, or lies in its folder."""
+    return any(path.is_relative_to(model) for path in files)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from koala_local.errors import ModelFileError
 from koala_local.models import cache, hub
 from koala_local.models.reference import HubReference
 from koala_local.models.transfer import HubError, Progress, remove_partial
-from koala_local.models.variants import Fits, Variant, choose, listed, variants
+from koala_local.models.variants import Fits, Variant, choose, is_meant, listed, variants
 
 _OLD_FORMAT = "the old GGML format (.ggmlv3), which llama.cpp no longer reads"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # of these, only a checkpoint's pytorch_model*.bin is taken, as a whole
@@ -70,7 +69,7 @@ def remove(reference: HubReference) -> int:
     it. Returns the bytes that this frees. Raises ModelFileError where there is nothing of it."""
     from huggingface_hub import scan_cache_dir
 
-    partial, wanted = _partial(reference), _paths(reference)
+    partial, wanted = half_finished(reference), cached_files(reference)
     if not partial and not wanted:
         raise ModelFileError(f"{reference} is not in the cache", "`koala list` shows what is")
     info = scan_cache_dir(cache.folder())
@@ -91,24 +90,17 @@ def remove(reference: HubReference) -> int:
     return freed
 
 
-def is_here(reference: HubReference) -> bool:
-    """Whether there is anything of it in the cache, be it a half-finished download."""
-    return bool(_paths(reference) or _partial(reference))
-
-
-def _partial(reference: HubReference) -> list[Path]:
+def half_finished(reference: HubReference) -> list[Path]:
+    """The downloads of the repository that were stopped."""
     return sorted((cache.repository_folder(reference.repository) / "blobs").glob("*.koala.incomplete"))
 
 
-def _paths(reference: HubReference) -> set[Path]:
+def cached_files(reference: HubReference) -> set[Path]:
     """The files in the cache that `reference` means, as paths in their snapshots."""
     return {
         snapshot.resolve() / file.name
         for snapshot in cache.snapshots(reference.repository, reference.revision)
-        for variant in _meant(cache.variants_in(snapshot), reference.choice)
+        for variant in cache.variants_in(snapshot)
+        if is_meant(variant, reference.choice)
         for file in variant.files
     }
-
-
-def _meant(found: Sequence[Variant], choice: str | None) -> list[Variant]:
-    return [variant for variant in found if choice is None or cache.is_meant(variant, choice)]

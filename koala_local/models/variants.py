@@ -113,10 +113,9 @@ def choose(found: Sequence[Variant], choice: str | None, fits: Fits, where: str)
     nobody knows, else the smallest. Raises ModelFileError that says what there is instead."""
     if choice is None:
         return _best(found, fits)
-    wanted = choice.lower()
-    matching = [variant for variant in found if variant.type.lower() == wanted]
+    matching = [variant for variant in found if variant.type.lower() == choice.lower()]
     if not matching:
-        matching = [variant for variant in found if any(_names(file.name, wanted) for file in variant.files)]
+        matching = [variant for variant in found if is_meant(variant, choice)]
     if len(matching) == 1:
         return matching[0]
     if matching:
@@ -125,8 +124,10 @@ def choose(found: Sequence[Variant], choice: str | None, fits: Fits, where: str)
     raise ModelFileError(f"{where} has no {choice!r}", f"it has {listed(found)}")
 
 
-def _names(name: str, wanted: str) -> bool:
-    return wanted in (name.lower(), name.lower().rpartition("/")[2])
+def is_meant(variant: Variant, choice: str | None) -> bool:
+    """Whether `choice`, a type or a file with or without its folder, names this model; None means any."""
+    names = {variant.type, *(name for file in variant.files for name in (file.name, file.name.rpartition("/")[2]))}
+    return choice is None or choice.lower() in (name.lower() for name in names)
 
 
 def _best(found: Sequence[Variant], fits: Fits) -> Variant:

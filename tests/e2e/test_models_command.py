@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import pytest
 
+from tests.checkpoint_maker import make_hf
 from tests.e2e.terminal import CTRL_D, ENTER, Terminal
 from tests.e2e.test_chat_command import KOALA, koala
 from tests.gguf_maker import make_model
@@ -85,7 +86,41 @@ def test_pull_list_chat_and_rm(machine: Machine) -> None:
     assert removed.returncode == 0, removed.stderr.decode()
     assert not path.exists()
     assert len(machine.koala("list").stdout.splitlines()) == 2
-    assert machine.koala("rm", NAME, "--yes").returncode == 1
+    again = machine.koala("rm", NAME)
+    assert again.returncode == 1 and b"not in the cache" in again.stderr
+
+
+def test_an_older_commit_goes_alone(machine: Machine, content: bytes) -> None:
+    old = Path(machine.koala("pull", f"{NAME}:Q4_K_M").stdout.decode().strip())
+    repo = machine.hub.repos[NAME]
+    machine.hub.repos[NAME] = Repo({"tiny.Q4_K_M.gguf": content + b"more"}, commit="c" * 40)
+    new = Path(machine.koala("pull", f"{NAME}:Q4_K_M").stdout.decode().strip())
+    removed = machine.koala("rm", f"{NAME}:Q4_K_M@{repo.commit}", "--yes")
+    assert removed.stderr.startswith(f"removed {NAME}:Q4_K_M@{repo.commit} (".encode())
+    assert removed.stderr.count(b"Q4_K_M") == 1
+    assert new.exists() and not old.exists()
+
+
+def test_a_checkpoint_is_pulled_for_the_converter_and_not_for_chat(machine: Machine, tmp_path: Path) -> None:
+    files = make_hf(tmp_path / "hf", kind="bin", shards=2)
+    contents = {path.name: path.read_bytes() for path in files.iterdir()}
+    machine.hub.repos["TheBloke/koala-13B-HF"] = Repo(contents)
+    terminal = machine.terminal("chat", "koala-13b-hf")
+    assert terminal.end() == 1
+    assert "unquantized checkpoint" in terminal.text and machine.hub.served == 0
+    pulled = machine.koala("pull", "koala-13b-hf")
+    folder = pulled.stdout.decode().strip()
+    assert f"koala quantize {folder} --bits 4".encode() in pulled.stderr
+    listed = json.loads(machine.koala("list", "--json").stdout.splitlines()[1])
+    assert (listed["model"], listed["type"], listed["runs"]) == ("koala-13b-hf", "PYTORCH", False)
+    refused = machine.koala("chat", "koala-13b-hf", "-p", "hi")
+    assert refused.returncode == 1 and b"chat runs GGUF and GPTQ models" in refused.stderr
+    shown = machine.koala("show", "koala-13b-hf").stdout.decode()
+    assert shown.startswith("TheBloke/koala-13B-HF\n") and "koala quantize" in shown
+    made = machine.koala("quantize", folder, "-o", tmp_path / "koala.gguf", "--type", "Q8_0", "--no-verify")
+    assert made.returncode == 0, made.stderr.decode()
+    named = json.loads(machine.koala("show", tmp_path / "koala.gguf", "--json").stdout)
+    assert named["name"] == "koala-13B-HF"
 
 
 def test_only_the_list_of_types(machine: Machine) -> None:

@@ -142,8 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None:
             return
         content = {"id": name, "modelId": name, "sha": repo.commit, "gated": "auto" if repo.gated else False}
-        content["config"] = repo.config
-        body = json.dumps(content | {"private": repo.private, "tags": [], "siblings": repo.siblings()}).encode()
+        rest = {"private": repo.private, "tags": [], "config": repo.config, "siblings": repo.siblings()}
+        body = json.dumps(content | rest).encode()
         self._send(200, self.state.answer or body, {"Content-Type": "application/json"})
 
     def _repo(self, name: str, revision: str, *, needs_access: bool) -> Repo | None:

@@ -56,7 +56,8 @@ def bench(model: str, prefill: list[int], decode: list[int], turns: int, context
     if peer:
         speeds = [replace(speed, peer=peer.speeds.get((speed.kind, speed.tokens))) for speed in speeds]
     if as_json:
-        console.json_line(_as_json(loaded, speeds, times, resume, peak))
+        llama_bench = peer and {"build": peer.build, "problem": peer.problem or None}
+        console.json_line({**_as_json(loaded, speeds, times, resume, peak), "llama_bench": llama_bench})
     else:
         console.out(_page(loaded, speeds, times, resume, peak))
 

@@ -30,6 +30,7 @@ Finish = Literal["stop", "length", "interrupted"]
 KEEP: dict[Overflow, float] = {"exact": 0.5, "shift": 0.75}
 REPLY_ROOM = 0.125  # share of the context that is free for the reply when a turn begins
 _PROGRESS_STEP = 256  # tokens of prefill between two reports
+_PACE_S = 1 / 30  # text is handed on as often: a token of a small model takes a millisecond, and its text none of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +132,19 @@ class Ledger:
         """The token ids of a path as one list."""
         return [token for piece in self.pieces(system, path, dropped) for token in piece.ids]
 
+    def _check_length(self, what: str, text: str) -> None:
+        """Refuse a text that cannot fit by its length alone: to tokenize megabytes takes seconds."""
+        size = self.engine.context_size
+        fewest = len(text) // self.engine.vocabulary.longest
+        if fewest > size:
+            raise ContextError(
+                f"{what} needs more than {fewest} tokens, the context holds {size}",
+                "send it in parts, or start with a larger --context",
+            )
+
     def check_system(self, system: str) -> None:
         """Raises ContextError when `system` leaves no room for a conversation."""
+        self._check_length("the system text", system)
         needed = len(self.ids(system, [Exchange(Turn(""))]))
         if system and needed > self.engine.context_size // 2:
             raise ContextError(
@@ -156,6 +168,7 @@ class Ledger:
         Raises ContextError when system text and message alone do not fit, Interrupted when stopped before the first
         token. An interrupt later keeps what was written. Either way the cache stays valid.
         """
+        self._check_length("the message", path[-1].turn.user)
         return _Writing(self, system, path, dropped, on_text, on_prefill).run(sampling, seed)
 
     def fit(self, system: str, path: Sequence[Exchange], dropped: int, room: int) -> int:
@@ -204,6 +217,7 @@ class _Writing:
         self._on_text, self._on_prefill = on_text, on_prefill
         self._stream = TextStream(ledger.format.stops)
         self._ids: list[int] = []
+        self._told = 0  # tokens whose text was handed on
         self._shown = False
         self._spaced, self._closing = self._ending()
 
@@ -280,25 +294,25 @@ class _Writing:
 
     def _write(self, sample: Callable[[], int], max_tokens: int) -> tuple[Finish, float]:
         """Sample until the reply ends: (why, when the first token was there)."""
-        ends, piece = self._engine.vocabulary.ends, self._engine.piece
-        ids, stream, push = self._ids, self._stream, self._cache.push
-        feed = stream.feed
+        ends, ids, push, clock = self._engine.vocabulary.ends, self._ids, self._cache.push, time.perf_counter
+        pace = 0.0 if self._ledger.format.stops else _PACE_S  # a stop string must be seen at once
         limit = max_tokens or self._engine.context_size
-        first = 0.0
+        first = due = 0.0
         try:
-            while self._has_room():
-                token = sample()
-                first = first or time.perf_counter()
-                if token in ends:
-                    return "stop", first
-                ids.append(token)
-                if text := feed(piece(token)):
-                    self._show(text)
-                if stream.stopped:
-                    return "stop", first
-                if len(ids) >= limit:
-                    return "length", first
-                push(token)
+            while room := self._room():
+                for _ in range(room):  # every token pays for what stands here, with the processor's caches cold
+                    token, now = sample(), clock()
+                    first = first or now
+                    if token in ends:
+                        return "stop", first
+                    ids.append(token)
+                    if now >= due:
+                        due = now + pace
+                        if self._tell():
+                            return "stop", first
+                    if len(ids) >= limit:
+                        return "length", first
+                    push(token)
         except Interrupted:
             return "interrupted", first or time.perf_counter()
         except KoalaError:
@@ -307,18 +321,22 @@ class _Writing:
             return "length", first  # what is written is kept
         return "length", first
 
-    def _has_room(self) -> bool:
-        """Whether one more token fits besides those that close the reply. Old turns leave for it."""
-        if len(self._cache.ids) + 1 + self._closing <= self._engine.context_size:
-            return True
-        if self._dropped == len(self._path) - 1:
-            return False
-        ids = self._fit(len(self._ids) + int(self._engine.context_size * REPLY_ROOM)) + self._ids
-        if len(ids) + self._closing >= self._engine.context_size:
-            return False
-        self._cache.adopt(ids, hold=False)
-        self._evaluate(ids)
-        return True
+    def _room(self) -> int:
+        """How many more tokens fit besides those that close the reply. Where none does, old turns leave."""
+        size = self._engine.context_size - self._closing
+        if len(self._cache.ids) >= size and self._dropped < len(self._path) - 1:
+            ids = self._fit(len(self._ids) + int(self._engine.context_size * REPLY_ROOM)) + self._ids
+            if len(ids) < size:
+                self._cache.adopt(ids, hold=False)
+                self._evaluate(ids)
+        return max(0, size - len(self._cache.ids))
+
+    def _tell(self) -> bool:
+        """Hand on the text of the tokens that came since the last time; whether a stop string ends it."""
+        new, self._told = self._ids[self._told :], len(self._ids)
+        if text := self._stream.feed(b"".join(map(self._engine.piece, new))):
+            self._show(text)
+        return self._stream.stopped
 
     def _show(self, text: str) -> None:
         if not self._shown:
@@ -333,6 +351,7 @@ class _Writing:
     def _close(self, finish: Finish) -> str:
         """End the reply with its end token, evaluated, so that the next turn evaluates only its own text."""
         self._engine.resume()
+        self._tell()
         if held := self._stream.finish():
             self._show(held)
         if self._stream.stopped:

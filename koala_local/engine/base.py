@@ -6,7 +6,7 @@ slots share `context_size` cells. Where `shares_cells` is true a copied prefix c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -28,13 +28,14 @@ class Vocabulary:
     user_defined: Mapping[str, int] = field(repr=False)  # matched in any text, even with special tokens unparsed
     unknown: int | None = None
     ends: frozenset[int] = frozenset()  # the tokens that end a reply
+    longest: int = 1024  # bytes: no token stands for more text
 
 
 class Sampler(Protocol):
     """A seeded chain of samplers that has seen the tokens before the reply."""
 
-    def sample(self) -> int:
-        """Draw the next token from the logits of the last evaluated one, and remember it."""
+    sample: Callable[[], int]
+    """Draw the next token from the logits of the last evaluated one, and remember it."""
 
     def close(self) -> None: ...
 

@@ -1,7 +1,8 @@
 """What the KV cache holds, token by token: which prefix can be kept, what must make way.
 
 Every evaluated token takes one cell. Slots that were copied share the cells of their common part, so cells are counted,
-not tokens: the engine is never asked for a cell it does not have.
+not tokens: the engine is never asked for a cell it does not have. Cells get names when they are first shared; until
+then they are their slot's own, and it is enough to know how many.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from koala_local.errors import ContextError
 
 @dataclass(slots=True)
 class _Slot:
-    """The tokens of one sequence, with the cell that holds each, and when it was last the active one."""
+    """The tokens of one sequence, the names of the cells that hold the first of them, and when it was last active."""
 
     ids: list[int] = field(default_factory=list)
-    cells: list[int] = field(default_factory=list)
+    cells: list[int] = field(default_factory=list)  # no longer than `ids`: the cells of the rest are its own
     last_used: int = 0
 
 
@@ -44,8 +45,9 @@ class PrefixCache:
         self._slots = [_Slot() for _ in range(engine.slots)]
         self._active = 0
         self._clock = count(1)
+        self._free = engine.context_size  # cells
         self._new_cell = count()
-        self._references: Counter[int] = Counter()
+        self._references: Counter[int] = Counter()  # of named cells
         for number in range(engine.slots):
             engine.crop(number, 0)  # whatever an earlier user of this engine left
 
@@ -61,7 +63,7 @@ class PrefixCache:
 
     @property
     def used_cells(self) -> int:
-        return len(self._references)
+        return self.engine.context_size - self._free
 
     @property
     def held(self) -> int:
@@ -91,25 +93,22 @@ class PrefixCache:
         try:
             self.engine.evaluate(ids, slot=self._active, position=len(slot.ids))
         finally:
-            done = self.engine.evaluated_tokens - before
-            self._append(slot, ids[:done])
+            self._append(slot, ids[: self.engine.evaluated_tokens - before])
 
     def push(self, token: int) -> None:
         """`extend` by one token, as decoding does thousands of times: every line here costs decoding speed."""
-        engine, slot = self.engine, self._slots[self._active]
-        if len(self._references) >= engine.context_size:
+        if not self._free:
             self._make_way(1)
-        engine.evaluate((token,), slot=self._active, position=len(slot.ids))
-        cell = next(self._new_cell)
-        slot.ids.append(token)
-        slot.cells.append(cell)
-        self._references[cell] = 1
+        ids = self._slots[self._active].ids
+        self.engine.evaluate((token,), slot=self._active, position=len(ids))
+        ids.append(token)
+        self._free -= 1
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens of the active slot."""
         slot = self._slots[self._active]
         if length < len(slot.ids):
-            self._cut(slot, self.engine.crop(self._active, length))
+            self._forget(slot, self.engine.crop(self._active, length), len(slot.ids))
 
     def shift(self, start: int, end: int) -> None:
         """Forget positions [start, end) of the active slot and move the rest down. Held branches share the moved cells
@@ -118,9 +117,7 @@ class PrefixCache:
             if number != self._active:
                 self._release(number)
         self.engine.shift(self._active, start, end)
-        slot = self._slots[self._active]
-        self._forget(slot.cells[start:end])
-        del slot.ids[start:end], slot.cells[start:end]
+        self._forget(self._slots[self._active], start, end)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -134,7 +131,7 @@ class PrefixCache:
         self._append(self._slots[self._active], load(self._active))
 
     def _make_way(self, needed: int) -> None:
-        while self.used_cells + needed > self.engine.context_size:
+        while needed > self._free:
             others = [n for n, slot in enumerate(self._slots) if slot.ids and n != self._active]
             if not others:
                 raise ContextError("the context is full", "start again with a larger --context")
@@ -149,32 +146,35 @@ class PrefixCache:
 
     def _copy(self, source: int, target: int) -> None:
         original, copied = self._slots[source], self._slots[target]
-        if not self.engine.shares_cells and self.used_cells + len(original.ids) > self.engine.context_size:
+        if not self.engine.shares_cells and len(original.ids) > self._free:
             return  # a whole second copy has no place
         self.engine.copy(source, target)
-        copied.ids, copied.last_used = list(original.ids), next(self._clock)
-        shares = self.engine.shares_cells
-        copied.cells = list(original.cells) if shares else [next(self._new_cell) for _ in original.cells]
+        copied.last_used = next(self._clock)
+        if not self.engine.shares_cells:
+            self._append(copied, original.ids)
+            return
+        own = [next(self._new_cell) for _ in range(len(original.ids) - len(original.cells))]
+        original.cells += own
+        self._references.update(own)
+        copied.ids, copied.cells = list(original.ids), list(original.cells)
         self._references.update(copied.cells)
 
     def _release(self, number: int) -> None:
         if self._slots[number].ids:
             self.engine.crop(number, 0)
-            self._cut(self._slots[number], 0)
+            self._forget(self._slots[number], 0, len(self._slots[number].ids))
 
     def _append(self, slot: _Slot, ids: Sequence[int]) -> None:
-        for token in ids:
-            cell = next(self._new_cell)
-            slot.ids.append(token)
-            slot.cells.append(cell)
-            self._references[cell] = 1
+        slot.ids += ids
+        self._free -= len(ids)
 
-    def _cut(self, slot: _Slot, length: int) -> None:
-        self._forget(slot.cells[length:])
-        del slot.ids[length:], slot.cells[length:]
-
-    def _forget(self, cells: Sequence[int]) -> None:
-        for cell in cells:
+    def _forget(self, slot: _Slot, start: int, end: int) -> None:
+        """Take the tokens from `start` to `end` out of a slot; cells that no slot holds any more are free."""
+        named = slot.cells[start:end]
+        self._free += end - start - len(named)
+        for cell in named:
             self._references[cell] -= 1
             if not self._references[cell]:
                 del self._references[cell]
+                self._free += 1
+        del slot.ids[start:end], slot.cells[start:end]

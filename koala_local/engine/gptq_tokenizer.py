@@ -204,6 +204,7 @@ def _vocabulary(
         user_defined=by_kind[_USER_DEFINED],
         unknown=special.get("unk"),
         ends=frozenset(ends),
+        longest=max((len(token.piece) for token in tokens.values()), default=1) or 1,
     )
 
 

@@ -17,16 +17,18 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
-
-import llama_cpp.llama_cpp as ll
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from koala_local.engine.base import Vocabulary
+from koala_local.engine.bindings import ll
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 SLOTS = 16  # one for the active branch, the rest to hold others; a slot without tokens costs nothing
 KV_TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
@@ -80,7 +82,7 @@ class LlamaEngine:
 
     def __init__(self, path: Path, fingerprint: str, placement: Placement) -> None:
         """Raises ModelFileError, or OutOfMemoryError when neither GPU nor RAM can hold model and KV cache."""
-        self._stop = ctypes.create_string_buffer(2)
+        self._stopped, self._stop = False, ctypes.create_string_buffer(2)
         self._handles: list[Callable[[], None]] = []
         ll.llama_log_set(_keep_log, None)
         ll.llama_backend_init()
@@ -94,12 +96,12 @@ class LlamaEngine:
         self.trained_context = int(ll.llama_model_n_ctx_train(self._model))
         self.can_shift = bool(ll.llama_memory_can_shift(self._memory))
         self.evaluated_tokens = 0
-        self._pieces: dict[int, bytes] = {}
+        self.piece = cache(self._read_piece)
         self.vocabulary = self._read_vocabulary()
         self.cache_key = (
             f"model={fingerprint} context={self.context_size} kv={self.kv_type} flash={_flash_attention(self.kv_type)}"
         )
-        self._batch = _Batch(_BATCH if self.gpu_layers == 0 else _BATCH_GPU)
+        self._batch, self._step = _Batch(_BATCH if self.gpu_layers == 0 else _BATCH_GPU), _Batch(1)
         # llama.cpp polls this many times a token. libc's strlen is such a poll without any Python:
         # the stop flag is a string, empty (0, false) until `interrupt` writes a byte into it.
         self._poll = ctypes.cast(ctypes.CDLL(ctypes.util.find_library("c")).strlen, ll.ggml_abort_callback)
@@ -111,9 +113,11 @@ class LlamaEngine:
         control: dict[str, int] = {}
         user_defined: dict[str, int] = {}
         unknown: int | None = None
+        longest = 1
         for token in range(size):
             text, attr = ll.llama_vocab_get_text(vocab, token), ll.llama_vocab_get_attr(vocab, token)
             digest.update(b"%d %d " % (attr, len(text)) + text)
+            longest = max(longest, len(text))  # a space is written in three bytes, a byte in one to six: never fewer
             if attr & (ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN):
                 control[text.decode("utf-8", "replace")] = token
             elif attr & ll.LLAMA_TOKEN_ATTR_USER_DEFINED:
@@ -133,6 +137,7 @@ class LlamaEngine:
             user_defined=user_defined,
             unknown=unknown,
             ends=frozenset(token for token in range(size) if ll.llama_vocab_is_eog(vocab, token)),
+            longest=longest,
         )
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
@@ -149,12 +154,6 @@ class LlamaEngine:
             raise KoalaError("the text is too long to tokenize", "send it in parts")
         return list(buffer[:count])
 
-    def piece(self, token: int) -> bytes:
-        known = self._pieces.get(token)
-        if known is None:
-            known = self._pieces[token] = self._read_piece(token)
-        return known
-
     def _read_piece(self, token: int) -> bytes:
         room = 64
         while True:
@@ -165,20 +164,23 @@ class LlamaEngine:
             room = -length
 
     def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
-        if len(ids) == 1:  # decoding
-            self._evaluate_part(ids, slot, position)
+        if len(ids) == 1:  # decoding: every token pays for what stands here
+            step = self._step
+            step.tokens[0], step.positions[0], step.slot.value = ids[0], position, slot
+            self._decode(step.batch, 1, slot, position)
             return
-        for start in range(0, len(ids), self._batch.room):
-            self._evaluate_part(ids[start : start + self._batch.room], slot, position + start)
+        room = self._batch.room
+        for start in range(0, len(ids), room):
+            part = ids[start : start + room]
+            self._decode(self._batch.fill(part, slot, position + start), len(part), slot, position + start)
 
-    def _evaluate_part(self, ids: Sequence[int], slot: int, position: int) -> None:
-        if self._stop.value:
+    def _decode(self, batch: Any, count: int, slot: int, position: int) -> None:
+        if self._stopped:
             raise Interrupted
-        status = ll.llama_decode(self._context, self._batch.fill(ids, slot, position))
-        if status:
+        if status := ll.llama_decode(self._context, batch):
             ll.llama_memory_seq_rm(self._memory, slot, position, -1)
             raise Interrupted if status == 2 else _decode_error(status)
-        self.evaluated_tokens += len(ids)
+        self.evaluated_tokens += count
 
     def sampler(self, sampling: Sampling, seed: int, before: Sequence[int]) -> LlamaSampler:
         return LlamaSampler(self._context, self.vocabulary.size, sampling, seed, before)
@@ -189,6 +191,8 @@ class LlamaEngine:
 
     def all_logits(self, ids: Sequence[int]) -> Iterator[NDArray[np.float32]]:
         """The logits after every token of `ids`, in pieces (rows, vocabulary); they take slot 0 for themselves."""
+        from numpy.ctypeslib import as_array
+
         self.crop(0, 0)
         for start in range(0, len(ids), _LOGIT_ROWS):
             part = ids[start : start + _LOGIT_ROWS]
@@ -197,7 +201,7 @@ class LlamaEngine:
                 raise _decode_error(status)
             self.evaluated_tokens += len(part)
             rows = ll.llama_get_logits(self._context)
-            yield np.ctypeslib.as_array(rows, (len(part), self.vocabulary.size)).copy()
+            yield as_array(rows, (len(part), self.vocabulary.size)).copy()
         self.crop(0, 0)
 
     def crop(self, slot: int, length: int) -> int:
@@ -229,10 +233,10 @@ class LlamaEngine:
         return list(tokens[: count.value])
 
     def interrupt(self) -> None:
-        self._stop[0] = b"\x01"
+        self._stopped, self._stop[0] = True, b"\x01"
 
     def resume(self) -> None:
-        self._stop[0] = b"\0"
+        self._stopped, self._stop[0] = False, b"\0"
 
     def close(self) -> None:
         for free in self._handles:
@@ -252,15 +256,12 @@ class LlamaSampler:
     def __init__(
         self, context: Any, vocabulary_size: int, sampling: Sampling, seed: int, before: Sequence[int]
     ) -> None:
-        self._context = context
         self._chain = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
         for stage in _stages(sampling, seed, vocabulary_size):
             ll.llama_sampler_chain_add(self._chain, stage)
         for token in before[-sampling.repeat_last_n :] if sampling.repeat_last_n else ():
             ll.llama_sampler_accept(self._chain, token)
-
-    def sample(self) -> int:
-        return int(ll.llama_sampler_sample(self._chain, self._context, -1))
+        self.sample: Callable[[], int] = partial(ll.llama_sampler_sample, self._chain, context, -1)
 
     def close(self) -> None:
         ll.llama_sampler_free(self._chain)
@@ -286,30 +287,27 @@ def _stages(sampling: Sampling, seed: int, vocabulary_size: int) -> Iterator[Any
 
 
 class _Batch:
-    """A llama_batch over arrays that are filled in place: a decode step allocates nothing."""
+    """A llama_batch over arrays that are filled in place: a decode step allocates nothing. It begins as one token whose
+    logits are wanted."""
 
     def __init__(self, room: int) -> None:
-        self.room = room
-        self._slot = ll.llama_seq_id()
-        self._tokens, self._positions = (ll.llama_token * room)(), (ll.llama_pos * room)()
+        self.room, self.slot = room, ll.llama_seq_id()
+        self.tokens, self.positions = (ll.llama_token * room)(), (ll.llama_pos * room)()
         self._counts = (ctypes.c_int32 * room)(*[1] * room)
-        self._slots = (ctypes.POINTER(ll.llama_seq_id) * room)(*[ctypes.pointer(self._slot)] * room)
-        self._wanted = (ctypes.c_int8 * room)()
-        self._batch = ll.llama_batch(0, self._tokens, None, self._positions, self._counts, self._slots, self._wanted)
+        self._slots = (ctypes.POINTER(ll.llama_seq_id) * room)(*[ctypes.pointer(self.slot)] * room)
+        self._wanted = (ctypes.c_int8 * room)(1)
+        self.batch = ll.llama_batch(1, self.tokens, None, self.positions, self._counts, self._slots, self._wanted)
 
     def fill(self, ids: Sequence[int], slot: int, position: int, *, every: bool = False) -> Any:
         """All of `ids` in one slot; logits for the last one, or for `every` one."""
-        batch, count = self._batch, len(ids)
-        if count > 1:
-            ctypes.memset(self._wanted, int(every), count)
-            self._tokens[:count] = list(ids)
-            self._positions[:count] = list(range(position, position + count))
-        else:
-            self._tokens[0], self._positions[0] = ids[0], position
+        count = len(ids)
+        self.tokens[:count] = list(ids)
+        self.positions[:count] = list(range(position, position + count))
+        self.slot.value = slot
+        ctypes.memset(self._wanted, int(every), count)
         self._wanted[count - 1] = 1
-        self._slot.value = slot
-        batch.n_tokens = count
-        return batch
+        self.batch.n_tokens = count
+        return self.batch
 
 
 def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:

@@ -1,7 +1,7 @@
 """From the bytes of tokens to text that is safe to show.
 
-`TextStream` joins tokens into whole characters and ends at a stop string; `EscapeFilter` and `plain` keep terminal
-escapes out of whatever text a model, a model file or a path brings along.
+`TextStream` joins tokens into whole characters and ends at a stop string; `EscapeFilter`, `plain` and `one_line` keep
+terminal escapes out of whatever text a model, a model file or a path brings along.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import codecs
 import re
 from collections.abc import Sequence
 from enum import Enum, auto
-
-_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class TextStream:
@@ -25,9 +23,9 @@ class TextStream:
     def __init__(self, stops: Sequence[str] = ()) -> None:
         # A lone surrogate cannot be decoded from any input, but must not fail here either.
         self._stops = tuple(stop.encode("utf-8", "surrogatepass") for stop in stops if stop)
-        self._decoder = _utf8_decoder("replace")
         self._held = b""  # the tail that may be the beginning of a stop string
-        self._released = 0  # bytes given to the decoder
+        self._half = b""  # what is released of a character that is not whole
+        self._released = 0  # bytes
         self._chunks: list[str] = []
         self.stopped = False
 
@@ -65,7 +63,8 @@ class TextStream:
 
     def _release(self, data: bytes, *, final: bool = False) -> str:
         self._released += len(data)
-        text = self._decoder.decode(data, final)
+        text, used = codecs.utf_8_decode(self._half + data, "replace", final)
+        self._half = (self._half + data)[used:]
         if text:
             self._chunks.append(text)
         return text
@@ -111,6 +110,8 @@ _CANCELS = "\x18\x1a"
 MAX_SEQUENCE = 1000
 # C0 but newline and tab, DEL, C1, bidirectional overrides and isolates, lone surrogates (they cannot be written).
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+_LINE_BREAK = re.compile(r"\s*[^\S ]\s*")  # and tabs
 
 
 class EscapeFilter:
@@ -186,3 +187,10 @@ class EscapeFilter:
 def plain(text: str) -> str:
     """`text` without terminal escapes: for names, paths and error messages that came from outside."""
     return EscapeFilter().feed(text)
+
+
+def one_line(text: str, length: int = 200) -> str:
+    """The beginning of `text` on one line, without terminal escapes. Spaces between words stay as they are: a file's
+    name may have two of them."""
+    line = _LINE_BREAK.sub(" ", plain(text[: 4 * length])).strip()
+    return line if len(line) <= length else f"{line[: length - 1].rstrip()}…"

@@ -160,6 +160,15 @@ def test_too_long_a_message_is_refused_and_nothing_changes(ledger: Ledger) -> No
     assert talk.say("second").stats.evaluated_tokens == own_tokens(ledger, "second")
 
 
+def test_megabytes_are_refused_without_being_tokenized(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = "word " * 1_000_000
+    monkeypatch.setattr(ledger.engine, "tokenize", lambda *_, **__: pytest.fail("it was tokenized"))
+    with pytest.raises(ContextError, match="the message needs more than"):
+        ledger.reply("", [Exchange(Turn(endless))], 0, SAMPLING, 1)
+    with pytest.raises(ContextError, match="the system text needs more than"):
+        ledger.check_system(endless)
+
+
 def test_too_long_a_system_text_is_refused(ledger: Ledger) -> None:
     with pytest.raises(ContextError, match="system text"):
         ledger.check_system("y" * CONTEXT)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from koala_local.engine.text_stream import MAX_SEQUENCE, EscapeFilter, TextStream, plain
+from koala_local.engine.text_stream import MAX_SEQUENCE, EscapeFilter, TextStream, one_line, plain
 
 MIXED = "naïve 日本語 漢字かな 👩‍👩‍👧 🇯🇵 e\u0301 \U0001f9a5 end"
 STOPS = ["###", "</s>", "終わり", "🐨🐨", "aab", "\n\n"]
@@ -250,3 +250,17 @@ def test_the_filter_is_cheap_on_plain_text() -> None:
     for _ in range(1000):
         escapes.feed(" token")
     assert (time.perf_counter() - began) / 1000 < 100e-6
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (" two  spaces.gguf\n", "two  spaces.gguf"),
+        ("a\n \t b\r\n\u2028c", "a b c"),
+        ("\x1b[31mred\x1b[0m \x07bell", "red bell"),
+        ("word " * 9, "word word word word…"),
+        ("", ""),
+    ],
+)
+def test_one_line(text: str, line: str) -> None:
+    assert one_line(text, 20) == line

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _NARROWEST = 16  # columns of a text that is folded
 _WIDE = 72  # columns for all of a progress line
+_LONGEST_LINE = 2000  # characters of an error
 
 
 class Exit(IntEnum):
@@ -200,7 +201,9 @@ def _plain(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(line.strip() for line in _plain(text).splitlines() if line.strip())
+    from koala_local.engine.text_stream import one_line
+
+    return one_line(text, _LONGEST_LINE)
 
 
 def _console(**options: Any) -> Console:

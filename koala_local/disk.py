@@ -7,9 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk. Does nothing for folders where they cannot be opened."""
-    if os.name == "nt" and path.is_dir():
-        return
+    """Flush a file, or the names in a folder, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import fields
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from koala_local.errors import KoalaError
 
 if TYPE_CHECKING:
     from koala_local.chat.conversation import Conversation
-    from koala_local.chat.history import History
+    from koala_local.chat.history import History, Session
     from koala_local.chat.loader import LoadedModel, LoadOptions
 
 
@@ -125,6 +127,7 @@ def _piped_text() -> str | None:
 def _start(model: str | None, text: str | None, as_json: bool, options: dict[str, Any]) -> None:
     from koala_local.chat.history import History
     from koala_local.chat.loader import LoadOptions
+    from koala_local.chat.terminal import silent_keys
     from koala_local.paths import data_folder
 
     load = LoadOptions(
@@ -139,21 +142,29 @@ def _start(model: str | None, text: str | None, as_json: bool, options: dict[str
     with closing(history):
         if history.warning:
             console.warn(history.warning)
-        session = options["session"]
+        saved = history.load(options["session"])[0] if options["session"] else None
         if options["resume"]:
-            latest = history.latest()
-            session = latest.id if latest else None
-            if session is None:
+            saved = history.latest()
+            if saved is None:
                 console.note("there is no session to resume yet: this is a new one")
-        loaded, conversation = _open(model, session, history, load, options)
-        try:
-            _talk(conversation, loaded, load, text, as_json)
-        finally:
-            conversation.close()
+        _fetch_missing(model)
+        talks = text is None and not as_json
+        front = "koala_local.chat.repl" if talks else "koala_local.chat.pipe"  # imported while the model is probed
+        with silent_keys() if talks else nullcontext():
+            loaded, conversation = _open(model, saved, history, load, options, partial(import_module, front))
+            try:
+                _talk(conversation, loaded, load, text, as_json)
+            finally:
+                conversation.close()
 
 
 def _open(
-    model: str | None, session: str | None, history: History, load: LoadOptions, options: dict[str, Any]
+    model: str | None,
+    saved: Session | None,
+    history: History,
+    load: LoadOptions,
+    options: dict[str, Any],
+    meanwhile: Callable[[], object],
 ) -> tuple[LoadedModel, Conversation]:
     """Load the model and begin, or take up, the conversation."""
     from koala_local.chat.conversation import LAST_MODEL, Conversation
@@ -161,10 +172,8 @@ def _open(
     from koala_local.chat.loader import open_model
     from koala_local.paths import kv_folder
 
-    saved = history.load(session)[0] if session else None
     last = _last_model(history, saved.model if saved else None, asked=model is not None)
-    _fetch_missing(model)
-    loaded = open_model(model, last, load, console.note)
+    loaded = open_model(model, last, load, console.note, meanwhile)
     try:
         sampling = Sampling()
         for setting in fields(Sampling):

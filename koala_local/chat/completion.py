@@ -13,9 +13,9 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from koala_local.chat.commands import COMMANDS, Front
-from koala_local.chat.views import one_line
 from koala_local.dialogue import FORMATS
 from koala_local.engine.sampling import Sampling
+from koala_local.engine.text_stream import one_line
 from koala_local.errors import KoalaError
 from koala_local.models.store import known
 from koala_local.paths import private_folder

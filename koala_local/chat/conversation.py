@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from koala_local.chat.history import History, Node, Session
+from koala_local.chat.history import History
 from koala_local.chat.kv_files import CacheMiss, KvFiles
 from koala_local.chat.ledger import Answer, Exchange, Ledger
 from koala_local.chat.locks import SessionLock
-from koala_local.chat.tree import Branch, lines, path_to
+from koala_local.chat.saved import Branch, Node, Session, lines, path_to
 from koala_local.dialogue import FORMATS, PromptFormat, Turn
 from koala_local.engine.cache import common_prefix
 from koala_local.engine.sampling import Sampling
@@ -260,10 +260,16 @@ class Conversation:
     def set_system(self, system: str) -> None:
         """Change the system text of the whole conversation. Raises ContextError, nothing changed."""
         self.ledger.check_system(system)
+        if system != self.system:
+            self._tell_anew("the system text changed")
         self.system = system
         for number, node in self.nodes.items():
             self.nodes[number] = replace(node, dropped=0)
         self._update(system=system)
+
+    def _tell_anew(self, reason: object) -> None:
+        if self.head is not None:
+            self.note(f"the next reply evaluates the whole conversation again: {reason}")
 
     def _update(self, **changes: str) -> None:
         """Change the session's row, if this program is the one that talks in it."""
@@ -305,7 +311,7 @@ class Conversation:
             self._tell_cold()
         except CacheMiss as miss:
             self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
-            self.note(f"the next reply evaluates the whole conversation again: {miss}")
+            self._tell_anew(miss)
 
     def _tell_cold(self) -> None:
         """Say so when the saved cache does not hold the path that goes on."""
@@ -336,6 +342,8 @@ class Conversation:
         """Write the prompt in another format from now on."""
         old_key = self.key
         self.ledger.use_format(format)
+        if self.key != old_key:
+            self._tell_anew("the prompt format changed")
         self._ids_changed(old_key)
 
     def _ids_changed(self, old_key: str) -> None:

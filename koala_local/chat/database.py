@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 
 from koala_local.chat.locks import waiting_lock
+from koala_local.engine.text_stream import one_line
 from koala_local.paths import private_folder
 
 NAME = "sessions.db"
@@ -94,12 +95,7 @@ def open_database(folder: Path) -> Opened:
         reason = f"{folder / NAME}: {error}"
     memory = _connect(":memory:")
     _prepare(memory)
-    return Opened(memory, None, _one_line(f"conversations will not be saved: {reason}"))
-
-
-def _one_line(text: str) -> str:
-    """SQLite quotes from a damaged file: nothing of that may reach a terminal but letters."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+    return Opened(memory, None, one_line(f"conversations will not be saved: {reason}", 1000))
 
 
 def error_code(error: BaseException) -> int:
@@ -119,7 +115,7 @@ def _open_or_begin_anew(file: Path) -> Opened:
         aside = _set_aside(file)
         warning = f"the saved sessions in {file} could not be read ({error}); they were set aside as {aside.name}"
         try:
-            return Opened(_open(file), file, _one_line(warning))
+            return Opened(_open(file), file, one_line(warning, 1000))
         except (OSError, sqlite3.Error, _Damaged) as again:
             raise _Damaged(f"{warning}, but no new file could be begun: {again}") from again
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import RenderableType
 
 from koala_local.chat.conversation import Conversation
-from koala_local.chat.ledger import Answer
-from koala_local.chat.loader import LoadedModel, LoadOptions
+from koala_local.chat.ledger import Answer, Ledger
+from koala_local.chat.loader import LoadedModel, LoadOptions, checked, open_model
 from koala_local.chat.streaming import Act
 from koala_local.errors import Interrupted
+from koala_local.models.configuration import refuse_unquantized
+from koala_local.models.resolve import resolve
 
 
 class Front(Protocol):
@@ -31,9 +34,6 @@ class Front(Protocol):
     def ask_text(self, prompt: str, default: str) -> str | None:
         """Let the user change a text. None when they do not want to, or where there is no one to ask."""
 
-    def change_model(self, reference: str) -> None:
-        """Go on with another model, and keep it as `model`. Raises KoalaError with the present one still in use."""
-
     def quit(self) -> None:
         """Leave when this command is done."""
 
@@ -51,3 +51,19 @@ def say(front: Front, text: str) -> None:
     message = "\n\n".join([*front.attachments, text])
     front.answer(lambda on_text, on_prefill: front.conversation.send(message, on_text, on_prefill))
     front.attachments.clear()
+
+
+def change_model(front: Front, reference: str) -> None:
+    """Go on with another model in the same conversation. When it cannot be loaded the current one is loaded again, and
+    the error is raised. The file is checked before the current model makes room for it."""
+    path, current, conversation = resolve(reference, None), front.model, front.conversation
+    if path.is_dir():
+        refuse_unquantized(path)
+    else:
+        checked(path)
+
+    def load(path: Path) -> Ledger:
+        front.model = open_model(str(path), None, front.options, conversation.note)
+        return front.model.ledger(front.options.overflow)
+
+    conversation.use_model(lambda: load(path), str(path), lambda: load(current.path))

@@ -41,6 +41,12 @@ from koala_local.errors import SessionError
 
 __all__ = ["History", "Node", "Session", "SessionLock", "SessionSummary"]
 
+# Turns of the line that goes on: from the head up. Ids become smaller, also in a damaged file, so that it ends.
+_LINE_LENGTH = """WITH RECURSIVE line (id, parent) AS (
+    SELECT id, parent FROM node WHERE id = session.head
+    UNION ALL SELECT node.id, node.parent FROM node JOIN line ON node.id = line.parent AND node.id < line.id
+) SELECT count(*) FROM line"""
+
 
 class History:
     """The saved sessions of one data folder. Make it with `History.open`."""
@@ -165,7 +171,7 @@ class History:
         """Every saved session, the one last talked in first. Raises SessionError when they cannot be read."""
         with self._reading() as connection:
             rows = connection.execute(
-                "SELECT id, title, model, (SELECT count(*) FROM node WHERE session = session.id), created, updated, "
+                f"SELECT id, title, model, ({_LINE_LENGTH}), created, updated, "
                 "(SELECT user FROM node WHERE session = session.id ORDER BY id LIMIT 1) "
                 "FROM session ORDER BY updated DESC, rowid DESC"
             ).fetchall()

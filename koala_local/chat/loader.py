@@ -1,4 +1,4 @@
-"""From what the user named to a model that is ready to talk: resolve, check, probe, load, choose the prompt format."""
+"""From what the user named to a model that is ready to talk: resolve, check, probe, place, load, choose the format."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import TYPE_CHECKING
 
 from koala_local.chat.formats import pick_format
 from koala_local.chat.ledger import Ledger, Overflow
-from koala_local.chat.placement import load_planned
 from koala_local.dialogue import PromptFormat
-from koala_local.errors import ModelFileError
+from koala_local.engine.llama import LlamaEngine, Placement
+from koala_local.errors import ModelFileError, OutOfMemoryError
 from koala_local.models import cache
 from koala_local.models.card import read_card
 from koala_local.models.configuration import refuse_unquantized
+from koala_local.models.devices import this_machine
 from koala_local.models.gguf_header import GgufHeader, read_header
-from koala_local.models.load_probe import probe
-from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish
+from koala_local.models.load_probe import probing
+from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish, fit, step_down
 from koala_local.models.resolve import resolve
+from koala_local.models.shape import all_tensors, read_shape
 from koala_local.models.store import mark_used
 from koala_local.nano import MODEL_PATH
 
 if TYPE_CHECKING:
-    from koala_local.chat.front import Front
     from koala_local.engine.base import Vocabulary
     from koala_local.engine.gptq import GptqEngine
-    from koala_local.engine.llama import LlamaEngine
 
+_NOTHING_LEFT = "close other programs, or take a smaller model: `koala pull REF --list` shows sizes"
 _RESEARCH_ONLY = "research only: Koala's weights follow LLaMA's non-commercial licence and its data's terms of use"
 
 
@@ -73,13 +74,18 @@ class LoadedModel:
 
 
 def open_model(
-    reference: str | None, last_used: str | None, options: LoadOptions, note: Callable[[str], None]
+    reference: str | None,
+    last_used: str | None,
+    options: LoadOptions,
+    note: Callable[[str], None],
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
-    """Load the model. Raises ModelFileError, TemplateError or OutOfMemoryError."""
+    """Load the model; `meanwhile` is done while it is checked. Raises ModelFileError, TemplateError or
+    OutOfMemoryError."""
     path = resolve(reference, last_used)
     if path.is_dir():
         refuse_unquantized(path)
-    header, engine, plan = _open_gptq(path, options) if path.is_dir() else _open_gguf(path, options, note)
+    header, engine, plan = _open_gptq(path, options) if path.is_dir() else _open_gguf(path, options, note, meanwhile)
     if engine.context_size > engine.trained_context and not (
         header and header.metadata.get(f"{header.architecture}.rope.scaling.type")
     ):
@@ -100,11 +106,47 @@ def open_model(
     return LoadedModel(path, header, engine, format, reason)
 
 
-def _open_gguf(path: Path, options: LoadOptions, note: Callable[[str], None]) -> tuple[GgufHeader, LlamaEngine, Plan]:
+def checked(path: Path, meanwhile: Callable[[], object] = lambda: None) -> GgufHeader:
+    """The header of a GGUF that llama.cpp can load; `meanwhile` is done beside the probe. Raises ModelFileError; takes
+    the memory of no weights."""
     header = read_header(path)
-    probe(path)
+    with probing(path):
+        meanwhile()
+    return header
+
+
+def _open_gguf(
+    path: Path, options: LoadOptions, note: Callable[[str], None], meanwhile: Callable[[], object]
+) -> tuple[GgufHeader, LlamaEngine, Plan]:
+    header = checked(path, meanwhile)
     engine, plan = load_planned(path, header, Wish(options.context, options.kv_type, options.gpu_layers), note)
     return header, engine, plan
+
+
+def load_planned(path: Path, header: GgufHeader, wish: Wish, note: Callable[[str], None]) -> tuple[LlamaEngine, Plan]:
+    """The model, checked and probed before, placed by the plan, and that plan. Every step down from the first one is
+    noted. Raises ModelFileError, or OutOfMemoryError with the change that would fit."""
+    plan = fit(read_shape(header, all_tensors(header)), this_machine(), wish)
+    if plan.is_hopeless:
+        raise OutOfMemoryError(f"{path.name} does not fit this machine: {plan.problem}", plan.hint)
+    if plan.problem:
+        note(f"{path.name} does not fit well: {plan.problem}; it will be slow. {plan.hint}")
+    while True:
+        try:
+            return LlamaEngine(path, header.fingerprint, _placement(plan)), plan
+        except OutOfMemoryError as error:
+            smaller = step_down(plan)
+            if smaller is None:
+                hint = _NOTHING_LEFT if plan.wish == Wish() else error.hint
+                raise OutOfMemoryError(error.message, hint) from None
+            note(f"not enough memory after all for {plan.choice}; trying {smaller.choice}")
+            plan = smaller
+
+
+def _placement(plan: Plan) -> Placement:
+    choice = plan.choice
+    layers = choice.gpu_layers if plan.machine.gpus else plan.wish.gpu_layers
+    return Placement(choice.context, layers, choice.kv_type)
 
 
 def _open_gptq(folder: Path, options: LoadOptions) -> tuple[None, GptqEngine, None]:
@@ -116,23 +158,6 @@ def _open_gptq(folder: Path, options: LoadOptions) -> tuple[None, GptqEngine, No
         raise ModelFileError(what, "run `make convert`, or install koala-local[convert]") from None
     context = options.context or min(read_model_settings(folder).context, DEFAULT_CONTEXT)
     return None, load_gptq(folder, context), None
-
-
-def change_model(front: Front, reference: str, note: Callable[[str], None]) -> None:
-    """Go on with another model in the same conversation. When it cannot be loaded the current one is loaded again, and
-    the error is raised. The file is checked before the current model makes room for it."""
-    path, current, conversation = resolve(reference, None), front.model, front.conversation
-    if path.is_dir():
-        refuse_unquantized(path)
-    else:
-        read_header(path)
-        probe(path)
-
-    def load(path: Path) -> Ledger:
-        front.model = open_model(str(path), None, front.options, note)
-        return front.model.ledger(front.options.overflow)
-
-    conversation.use_model(lambda: load(path), str(path), lambda: load(current.path))
 
 
 def _choose_format(

@@ -1,10 +1,11 @@
 """Locks that end with the process that holds them, also by `kill -9`: flock on a file.
 
-Where there is no flock (Windows) every lock is granted: a second program is then not noticed, and nothing else is lost.
+Where a file system has no locks every one is granted: a second program is then not noticed, and nothing else is lost.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -14,17 +15,12 @@ from typing import Self
 
 from koala_local.paths import private_folder, session_file
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 
 def try_lock(path: Path) -> int | None:
     """Lock `path`, made with mode 0600 if need be, and return its descriptor: closing it unlocks. None while another
     program, or another call in this one, holds it. Raises OSError when the file cannot be made."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if not _flock(descriptor):
                 os.close(descriptor)
@@ -39,13 +35,11 @@ def try_lock(path: Path) -> int | None:
 
 
 def _flock(descriptor: int) -> bool:
-    if fcntl is None:
-        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks: granted, as on Windows
+    except OSError:  # a file system without locks
         return True
     return True
 

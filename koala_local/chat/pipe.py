@@ -13,7 +13,7 @@ from koala_local.chat.commands import run_line
 from koala_local.chat.conversation import Conversation
 from koala_local.chat.front import say
 from koala_local.chat.ledger import Answer
-from koala_local.chat.loader import LoadedModel, LoadOptions, change_model
+from koala_local.chat.loader import LoadedModel, LoadOptions
 from koala_local.chat.render import ReplyView
 from koala_local.chat.streaming import Act, ReplyStream
 from koala_local.chat.terminal import on_ctrl_c
@@ -124,9 +124,6 @@ class JsonFront:
 
     def ask_text(self, prompt: str, default: str) -> str | None:
         return None
-
-    def change_model(self, reference: str) -> None:
-        change_model(self, reference, console.note)
 
     def quit(self) -> None:
         self.done = True

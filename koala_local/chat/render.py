@@ -7,17 +7,22 @@ from the first line that changed, in one write, and no line is blanked before it
 from __future__ import annotations
 
 import re
+import threading
+import time
 from itertools import chain
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.segment import Segment, Segments
+from rich.text import Text
 
 from koala_local.chat.markdown import Block, Line, blocks, render
 from koala_local.engine.text_stream import EscapeFilter
 
 REFRESH_S = 1 / 15
+_PATIENCE_S = 1.0  # a shorter wait for the first token needs no progress line
 REST = 9  # after a costly redraw, this many times its cost: drawing takes a tenth of one core at most
 # A last line, not yet ended, that may still become one kind of block or another: "-" a list or an underlined heading,
 # "1" a list or a sum, "``" code. It is shown as soon as that is decided.
@@ -34,7 +39,7 @@ class ReplyView:
     def __init__(self, console: Console, *, markdown: bool = True) -> None:
         self._console = console
         self._utf8 = console.encoding.startswith("utf")
-        fit = console.is_terminal and not console.is_dumb_terminal and not console.legacy_windows
+        fit = console.is_terminal and not console.is_dumb_terminal
         self._markdown = markdown and fit and self._utf8
         self._filter = EscapeFilter()
         self._at_line_start = True
@@ -162,3 +167,55 @@ def _rows(line: Line, width: int) -> list[Line]:
     """The rows of the screen that a line takes."""
     cells = Segment.get_line_length(line)
     return list(Segment.divide(line, range(width, cells + width, width))) if cells > width else [line]
+
+
+class PrefillLine:
+    """One line that says how far the prompt has been read, shown when that takes long, gone afterwards."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._lock = threading.Lock()
+        self._timer: threading.Timer | None = None
+        self._live: Live | None = None
+        self._stopped = False
+        self._started = 0.0
+        self._done = self._total = 0
+
+    def update(self, done: int, total: int) -> None:
+        """`done` of `total` tokens are evaluated. From any thread."""
+        with self._lock:
+            self._done, self._total = done, total
+            if self._timer is None and not self._stopped:
+                self._started = time.monotonic()
+                self._timer = threading.Timer(_PATIENCE_S, self._show)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def stop(self) -> None:
+        """Take the line away for good."""
+        with self._lock:
+            self._stopped = True
+            if self._timer:
+                self._timer.cancel()
+            if self._live:
+                self._live.stop()
+                self._live = None
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._stopped:
+                self._live = Live(
+                    get_renderable=self._line,
+                    console=self._console,
+                    transient=True,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
+                self._live.start()
+
+    def _line(self) -> Text:
+        text = f"reading {self._total} tokens"
+        if self._done:
+            rate = self._done / max(time.monotonic() - self._started, 1e-3)
+            text = f"read {self._done} of {self._total}, {rate:.0f}/s, {(self._total - self._done) / rate:.0f} s left"
+        return Text(text, "dim", no_wrap=True, overflow="ellipsis")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from contextlib import nullcontext
 from functools import cached_property
 from importlib import import_module
 from queue import SimpleQueue
@@ -26,12 +25,10 @@ from koala_local.chat.commands import Unsent, run_line, say
 from koala_local.chat.completion import SlashCompleter, message_history
 from koala_local.chat.conversation import Conversation
 from koala_local.chat.ledger import Answer
-from koala_local.chat.loader import LoadedModel, LoadOptions, change_model
-from koala_local.chat.prefill_views import PrefillLine
-from koala_local.chat.status_bar import bar, bar_fields
+from koala_local.chat.loader import LoadedModel, LoadOptions
 from koala_local.chat.streaming import Act, ReplyStream
-from koala_local.chat.terminal import on_ctrl_c, raise_interrupt, silent_keys
-from koala_local.engine.text_stream import plain
+from koala_local.chat.terminal import on_ctrl_c, raise_interrupt
+from koala_local.engine.text_stream import one_line, plain
 from koala_local.errors import ContextError, Interrupted, KoalaError
 from koala_local.paths import data_folder
 
@@ -69,13 +66,12 @@ class Repl:
     # -- as the commands see it
 
     def answer(self, act: Act) -> None:
-        from koala_local.chat.render import ReplyView  # see _begin_idle
+        from koala_local.chat.render import PrefillLine, ReplyView  # see _begin_idle
 
         engine = self.conversation.ledger.engine
         progress = PrefillLine(self._console)
         stream = ReplyStream(engine, act, progress.update)
-        keys = nullcontext() if self._dumb else silent_keys()
-        with keys, on_ctrl_c(engine.interrupt), ReplyView(self._console) as view:
+        with on_ctrl_c(engine.interrupt), ReplyView(self._console) as view:
             try:
                 for text in stream:
                     progress.stop()
@@ -97,9 +93,6 @@ class Repl:
         except (KeyboardInterrupt, EOFError):
             return None
 
-    def change_model(self, reference: str) -> None:
-        change_model(self, reference, self._notes.put)
-
     def quit(self) -> None:
         self._done = True
 
@@ -115,7 +108,7 @@ class Repl:
             history=message_history(data_folder()),
             completer=SlashCompleter(self),
             complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-            bottom_toolbar=lambda: bar(self._bar, get_app().output.get_size().columns),
+            bottom_toolbar=lambda: views.bar(self._bar, get_app().output.get_size().columns),
             enable_open_in_editor=True,
             tempfile_suffix=".md",
             style=_STYLE,
@@ -160,7 +153,7 @@ class Repl:
         return text
 
     def _read_line(self, typed: str) -> str:
-        self._bar = bar_fields(self.model, self.conversation, self.last)
+        self._bar = views.bar_fields(self.model, self.conversation, self.last)
         self._last_key = time.monotonic()
         self._prompt.app.erase_when_done = False
         return self._prompt.prompt(default=typed, pre_run=self._begin_idle)
@@ -214,13 +207,13 @@ class Repl:
             self.show("")
 
     def _complain(self, message: str, hint: str) -> None:
-        self.show(Text(views.one_line(message, 1000), "red"))
+        self.show(Text(one_line(message, 1000), "red"))
         if hint:
-            self.show(Text(views.one_line(hint, 1000), "dim"))
+            self.show(Text(one_line(hint, 1000), "dim"))
 
     def _tell_notes(self) -> None:
         while not self._notes.empty():
-            self.show(Text(views.one_line(self._notes.get(), 1000), "yellow"))
+            self.show(Text(one_line(self._notes.get(), 1000), "yellow"))
 
     def _tell_end(self, answer: Answer) -> None:
         limit = self.conversation.sampling.max_tokens
@@ -235,7 +228,7 @@ class Repl:
 
     def _banner(self) -> None:
         model, engine = self.model, self.conversation.ledger.engine
-        self.show(Text(views.one_line(model.name, 60), "bold").append(f"  {views.describe(model)}", "not bold dim"))
+        self.show(Text(one_line(model.name, 60), "bold").append(f"  {views.describe(model)}", "not bold dim"))
         format, reason = self.conversation.ledger.format.name, model.format_reason
         self.show(Text(plain(f"context {engine.context_size} tokens, prompt format {format} ({reason})"), "dim"))
         if model.path.resolve() == nano.MODEL_PATH.resolve():

@@ -1,4 +1,4 @@
-"""What a saved conversation consists of, and how the rows of the database become it.
+"""What a conversation consists of: turns, the lines of their tree, sessions; and how rows of the database become it.
 
 The database is checked when it is opened, but no checksum covers its rows: what is read here may be of a wrong type.
 """
@@ -6,7 +6,7 @@ The database is checked when it is opened, but no checksum covers its rows: what
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,16 @@ class Node:
     dropped: int  # how many oldest turns of its path had left the context when it was evaluated
     name: str  # the branch name that the user gave, or ""; several nodes may carry the same
     created: float
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A line of the conversation: its last turn, and the number to switch to it by."""
+
+    number: int
+    last: Node
+    turns: int
+    current: bool
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class SessionSummary:
     id: str
     title: str
     model: str
-    turns: int
+    turns: int  # of the line that goes on
     created: float
     updated: float
 
@@ -126,3 +136,32 @@ def session_of(row: tuple[Any, ...], nodes: list[Node]) -> Session:
 
 def _damaged(what: str) -> SessionError:
     return SessionError(f"{what} is damaged in the saved sessions", "`koala sessions` lists the other ones")
+
+
+def path_to(nodes: Mapping[int, Node], head: int | None) -> list[Node]:
+    """The turns from the first one to `head`."""
+    path: list[Node] = []
+    while head is not None:
+        path.append(nodes[head])
+        head = path[-1].parent
+    return path[::-1]
+
+
+def lines(nodes: Mapping[int, Node], head: int | None) -> list[Branch]:
+    """Every line of the tree. A turn goes on with its parent's line where it is the first to do so and no name ends
+    that line; else it begins a line. So a line keeps its number whatever comes later."""
+    line_of: dict[int | None, int] = {}
+    ends: list[int] = []
+    ended: set[int | None] = {None}
+    for node in sorted(nodes.values(), key=lambda node: (node.id < 0, abs(node.id))):
+        if node.parent is None or node.parent in ended or nodes[node.parent].name:
+            line_of[node.id] = len(ends)
+            ends.append(node.id)
+        else:
+            line_of[node.id] = line_of[node.parent]
+            ends[line_of[node.id]] = node.id
+        ended.add(node.parent)
+    current = line_of.get(head)
+    return [
+        Branch(line + 1, nodes[end], len(path_to(nodes, end)), current=line == current) for line, end in enumerate(ends)
+    ]

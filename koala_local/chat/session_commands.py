@@ -7,10 +7,10 @@ from dataclasses import replace
 from koala_local.chat import clipboard, prompt_views, views
 from koala_local.chat.attach import attachment, name_of
 from koala_local.chat.export import export as write_file
-from koala_local.chat.front import Front
+from koala_local.chat.front import Front, change_model
 from koala_local.dialogue import Dialogue, Turn
 from koala_local.engine.sampling import with_setting
-from koala_local.engine.text_stream import plain
+from koala_local.engine.text_stream import one_line, plain
 from koala_local.errors import KoalaError
 
 _LONGEST_LIST = 20
@@ -46,7 +46,7 @@ def resume(front: Front, session_id: str) -> None:
 def rename(front: Front, title: str) -> None:
     if not title:
         raise KoalaError("a title is missing", "/rename TITLE")
-    front.conversation.rename(views.one_line(title))
+    front.conversation.rename(one_line(title))
     front.show("renamed")
 
 
@@ -63,7 +63,7 @@ def export(front: Front, argument: str) -> None:
 
 def model(front: Front, reference: str) -> None:
     if reference:
-        front.change_model(reference)
+        change_model(front, reference)
         front.last = None
     front.show(views.model_table(front.model))
 

@@ -31,12 +31,12 @@ from select import select
 from typing import IO
 
 from koala_local.dialogue import BOS, EOS, FORMATS, Control, Dialogue, Reply, Segment, Text, Turn
+from koala_local.engine.text_stream import one_line
 from koala_local.errors import TemplateError
 
 SOURCE_CHARACTERS = 1 << 20
 RENDER_SECONDS = 2.0
 _START_SECONDS = 20.0
-_MESSAGE_CHARACTERS = 300
 _HINT = f"choose a format with --template NAME: {', '.join(FORMATS)}"
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
@@ -105,7 +105,7 @@ class JinjaFormat:
         answer = self._ask(dialogue, contents, now)
         if "text" in answer:
             return answer["text"]
-        message = f"the chat template of {_plain(self.name)} fails: {_plain(answer.get('error', ''))}"
+        message = f"the chat template of {one_line(self.name)} fails: {one_line(answer.get('error', ''), 300)}"
         without = replace(dialogue, system="")
         if dialogue.system and "text" in self._ask(without, [m.content for m in _messages(without)], now):
             raise TemplateError(message, f"it takes no system text: leave that out, or {_HINT}")
@@ -259,11 +259,6 @@ def _found(text: str, at: int, content: str, piece: str, *, last: bool) -> str |
         return None
     part = text[at:end]
     return part if last or part in content else None
-
-
-def _plain(text: str) -> str:
-    """`text` for a message: short, one line, nothing a terminal acts upon."""
-    return "".join(character if character.isprintable() else " " for character in text[:_MESSAGE_CHARACTERS]).strip()
 
 
 class _Worker:

@@ -1,17 +1,14 @@
-"""The terminal while a reply is written: Ctrl-C, and what is typed meanwhile."""
+"""The terminal outside of the prompt: Ctrl-C, and what is typed meanwhile."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
-
-try:
-    import termios
-except ImportError:  # Windows
-    termios = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -31,8 +28,9 @@ def raise_interrupt() -> NoReturn:
 
 @contextmanager
 def silent_keys() -> Iterator[None]:
-    """Within, what is typed is not shown; the next prompt gets it."""
-    if termios is None or not sys.stdin.isatty():
+    """Within, what is typed is not shown; the next prompt gets it, Enter as Enter. Prompts and editors set the terminal
+    for themselves. A dumb terminal, which edits its lines itself, stays as it is."""
+    if not sys.stdin.isatty() or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):  # as prompt_toolkit has it
         yield
         return
     keys = sys.stdin.fileno()

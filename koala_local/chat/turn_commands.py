@@ -6,6 +6,7 @@ from koala_local.chat import views
 from koala_local.chat.front import Front, Unsent
 from koala_local.chat.saved import Node
 from koala_local.dialogue import KOALA
+from koala_local.engine.text_stream import one_line
 from koala_local.errors import Interrupted, KoalaError
 
 _LONGEST_NAME = 40
@@ -39,7 +40,11 @@ def edit(front: Front, argument: str) -> None:
     _last(front)
     conversation = front.conversation
     number, text = _number_first(argument)
-    number = len(conversation.path()) if number is None else number
+    turns = len(conversation.path())
+    number = turns if number is None else number
+    if text and not 1 <= number <= turns:
+        hint = f"the last one is {turns}; /edit {turns} {one_line(argument, 40)} says all of that there"
+        raise KoalaError(f"there is no turn {number}", hint)
     old = conversation.turn(number).user
     changed = text or front.ask_text(f"turn {number} > ", old)
     if changed is None or not changed.strip():
@@ -54,7 +59,7 @@ def undo(front: Front, _: str) -> None:
     _last(front)
     number = len(front.conversation.path())
     gone = front.conversation.undo()
-    front.show(f"undone: turn {number}, {views.one_line(gone.user, 50)!r}; /tree still has it")
+    front.show(f"undone: turn {number}, {one_line(gone.user, 50)!r}; /tree still has it")
 
 
 def branch(front: Front, argument: str) -> None:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from koala_local.engine.text_stream import one_line
+
 _GPU, _INTEGRATED = 1, 2  # of ggml_backend_dev_type
 # Weights of these types are kept in another order on a CPU with these instructions (llama.cpp's repack.cpp).
 _REPACKED = {
@@ -78,7 +80,7 @@ def backends() -> list[str]:
 
 def cpu_features() -> list[str]:
     """The instruction sets that llama.cpp was built for and uses, such as AVX2."""
-    import llama_cpp.llama_cpp as ll
+    from koala_local.engine.bindings import ll
 
     return re.findall(r"(\w+) = 1", ll.llama_print_system_info().decode("utf-8", "replace"))
 
@@ -91,14 +93,13 @@ def repacked_types(features: list[str]) -> frozenset[str]:
 
 
 def _text(raw: bytes | None) -> str:
-    return "".join(character for character in (raw or b"").decode("utf-8", "replace") if character.isprintable())
+    return one_line((raw or b"").decode("utf-8", "replace"))
 
 
 def _ggml() -> ctypes.CDLL | None:
     """ggml's device list, None where the library has none."""
     try:
-        import llama_cpp.llama_cpp as ll
-        from llama_cpp._ggml import libggml
+        from koala_local.engine.bindings import libggml, ll
 
         ll.llama_backend_init()
         library: ctypes.CDLL = libggml

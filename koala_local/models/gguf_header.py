@@ -11,7 +11,6 @@ import hashlib
 import math
 import mmap
 import struct
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -279,8 +278,7 @@ def _placed(reader: _Reader, tensor: Tensor, data_offset: int) -> Tensor:
 def _fingerprint(data: mmap.mmap, data_offset: int) -> str:
     digest = hashlib.sha256(data[:data_offset])
     digest.update(_U64.pack(len(data)))
-    if sys.platform != "win32":
-        data.madvise(mmap.MADV_RANDOM)  # reading ahead of every sample costs half a second on a file not yet cached
+    data.madvise(mmap.MADV_RANDOM)  # reading ahead of every sample costs half a second on a file not yet cached
     last = max(data_offset, len(data) - _SAMPLE_BYTES)
     for number in range(_SAMPLES):
         start = data_offset + (last - data_offset) * number // (_SAMPLES - 1)

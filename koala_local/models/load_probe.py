@@ -1,8 +1,8 @@
 """Load a model once in a child process, where an abort inside llama.cpp takes nothing else down.
 
 The child reads the header and the vocabulary, allocates no weights, builds the graph of a small context and tokenizes
-every byte: 0.1 s for any size of model. On Linux it is a fork, so import llama_cpp before; elsewhere forking is missing
-or unsafe beside system frameworks, and a new interpreter does the same more slowly.
+every byte: 0.1 s for any size of model. On Linux it is a fork, with the bindings imported before; elsewhere forking is
+missing or unsafe beside system frameworks, and a new interpreter does the same more slowly.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ import ctypes
 import faulthandler
 import os
 import re
+import resource
 import select
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-import llama_cpp.llama_cpp as llama
-
+from koala_local.engine.bindings import ll
+from koala_local.engine.text_stream import one_line
 from koala_local.errors import ModelFileError
-
-if sys.platform != "win32":
-    import resource
 
 _FORKS = sys.platform == "linux"
 _TIMEOUT_S = 10.0  # a hundred times what any model took
@@ -37,7 +37,16 @@ _BYTES = bytes(range(1, 256))
 
 def probe(path: Path) -> None:
     """Return when llama.cpp can load the model at `path`. Raises ModelFileError with its reason when it cannot."""
-    code, log = _in_fork(path) if _FORKS else _in_new_process(path)
+    with probing(path):
+        pass
+
+
+@contextmanager
+def probing(path: Path) -> Iterator[None]:
+    """`probe` beside what is done within, on another core if there is one. An error from within is raised first."""
+    with (_forked if _FORKS else _started_anew)(path) as ended:
+        yield
+        code, log = ended()
     if code == 0:
         return
     reason = _reason(log)
@@ -52,8 +61,12 @@ def probe(path: Path) -> None:
     raise ModelFileError(f"{str(path)!r}: {what}", hint)
 
 
-def _in_fork(path: Path) -> tuple[int | None, bytes]:
-    """The child's exit code, negative for a signal, None when its time was up; and what it wrote."""
+_Ended = Callable[[], tuple[int | None, bytes]]
+"""Waits for a child: its exit code, negative for a signal, None when its time was up; and what it wrote."""
+
+
+@contextmanager
+def _forked(path: Path) -> Iterator[_Ended]:
     read_end, write_end = os.pipe()
     with warnings.catch_warnings():  # Python 3.12 warns of forking beside threads; this child takes no Python lock
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -62,16 +75,22 @@ def _in_fork(path: Path) -> tuple[int | None, bytes]:
         _be_the_child(path, write_end)
     os.close(write_end)
     status: int | None = None
+
+    def ended() -> tuple[int | None, bytes]:
+        nonlocal status
+        log, closed = _read_all(read_end, time.monotonic() + _TIMEOUT_S)
+        if not closed:
+            return None, log
+        status = os.waitpid(child, 0)[1]
+        return os.waitstatus_to_exitcode(status), log
+
     try:
-        log, ended = _read_all(read_end, time.monotonic() + _TIMEOUT_S)
-        if ended:
-            status = os.waitpid(child, 0)[1]
+        yield ended
     finally:
         os.close(read_end)
         if status is None:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    return (None if status is None else os.waitstatus_to_exitcode(status)), log
 
 
 def _read_all(read_end: int, deadline: float) -> tuple[bytes, bool]:
@@ -101,42 +120,49 @@ def _be_the_child(path: Path, write_end: int) -> NoReturn:
         os._exit(code)
 
 
-def _in_new_process(path: Path) -> tuple[int | None, bytes]:
+@contextmanager
+def _started_anew(path: Path) -> Iterator[_Ended]:
     command = [sys.executable, "-m", "koala_local.models.load_probe", str(path)]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # the working folder is not to be imported from
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return None, b""
-    return done.returncode, done.stderr[-_LOG_LIMIT:]
+    nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=nowhere, stdout=nowhere, stderr=pipe) as child:
+
+        def ended() -> tuple[int | None, bytes]:
+            try:
+                log = child.communicate(timeout=_TIMEOUT_S)[1]
+            except subprocess.TimeoutExpired:
+                return None, b""
+            return child.returncode, log[-_LOG_LIMIT:]
+
+        try:
+            yield ended
+        finally:
+            child.kill()
 
 
 def _load(path: Path) -> int:
     """Load `path` in this process, which may abort. Returns an exit code; the reason is written to standard error."""
     faulthandler.disable()  # it would write to where the standard error of the parent went
     os.environ["GGML_NO_BACKTRACE"] = "1"  # else an abort starts a debugger to print one
-    if sys.platform != "win32":
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    log = llama.llama_log_callback(_write_error)
-    llama.llama_log_set(log, ctypes.c_void_p())
-    parameters = llama.llama_model_default_params()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    log = ll.llama_log_callback(_write_error)
+    ll.llama_log_set(log, ctypes.c_void_p())
+    parameters = ll.llama_model_default_params()
     parameters.no_alloc = True
-    parameters.load_mode = llama.LLAMA_LOAD_MODE_NONE
+    parameters.load_mode = ll.LLAMA_LOAD_MODE_NONE
     parameters.n_gpu_layers = 0
     no_devices = (ctypes.c_void_p * 1)()  # a GPU that the parent has opened cannot be used in a fork
     parameters.devices = ctypes.cast(no_devices, ctypes.c_void_p)
-    model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
+    model = ll.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
         return _REFUSED
-    context = llama.llama_context_default_params()
+    context = ll.llama_context_default_params()
     context.n_ctx, context.n_batch, context.n_ubatch = 256, 32, 32
-    if not llama.llama_init_from_model(model, context):
+    if not ll.llama_init_from_model(model, context):
         return _REFUSED
-    vocabulary = llama.llama_model_get_vocab(model)
-    tokens = (llama.llama_token * (4 * len(_BYTES)))()
-    llama.llama_tokenize(vocabulary, _BYTES, len(_BYTES), tokens, len(tokens), True, False)
+    vocabulary = ll.llama_model_get_vocab(model)
+    tokens = (ll.llama_token * (4 * len(_BYTES)))()
+    ll.llama_tokenize(vocabulary, _BYTES, len(_BYTES), tokens, len(tokens), True, False)
     return 0
 
 
@@ -152,7 +178,7 @@ def _reason(log: bytes) -> str:
     if not lines:
         return ""
     said = re.sub(r"^.*(?:error loading model: |what\(\): +|/(?=[\w.-]+:\d+: ))", "", lines[-1])
-    return "".join(character for character in said if character.isprintable())[:200]
+    return one_line(said)
 
 
 if __name__ == "__main__":

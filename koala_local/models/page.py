@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from koala_local.console import folded
-
-_LONGEST = 200
+from koala_local.engine.text_stream import one_line
 
 
 def columns(rows: Sequence[Sequence[str]], indent: str = "") -> str:
@@ -22,12 +21,6 @@ def section(title: str, rows: Sequence[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [folded(one_line(value), f"  {name.ljust(width)}  ", " " * (width + 4)) for name, value in rows]
     return "\n".join([title, *lines])
-
-
-def one_line(text: str) -> str:
-    """Text out of a file on one line, not longer than a few lines of a terminal."""
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 
 def size(count: int) -> str:

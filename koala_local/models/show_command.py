@@ -41,7 +41,8 @@ def show(reference: str, context: int | None, as_json: bool) -> None:
 
 
 def _page(about: About) -> str:
-    from koala_local.models.page import columns, one_line, section, size
+    from koala_local.engine.text_stream import one_line
+    from koala_local.models.page import columns, section, size
     from koala_local.models.show import plan_rows
 
     types = [["  TYPE", "TENSORS", "WEIGHTS", "BYTES"]]

@@ -91,6 +91,10 @@ class Terminal:
         """Wait for an empty prompt with its bar."""
         self.wait(lambda: bool(self.bar) and self.typed == ">", "a prompt")
 
+    def quiet(self) -> None:
+        """Wait until the terminal itself no longer shows what is typed."""
+        self.wait(lambda: not self._child.getecho(), "a terminal without echo")
+
     def keys(self, keys: str) -> None:
         self._child.send(keys)
 

@@ -139,6 +139,23 @@ def test_what_is_typed_during_a_reply_is_in_the_next_prompt(koala: Open, slow_mo
     assert terminal.text.count("typed meanwhile") == 1
 
 
+def test_lines_that_are_sent_all_at_once_are_taken_one_by_one(koala: Open, home: Path) -> None:
+    terminal = koala()
+    for line in ("first", "second", "/undo", "third"):
+        terminal.keys(f"{line}\r")  # without waiting for anything
+    terminal.wait(lambda: "> third" in terminal.lines and terminal.typed == ">" and bool(terminal.bar), "all of them")
+    assert [node.user for node in saved(home)] == ["first", "second", "third"]
+
+
+def test_what_is_typed_while_the_model_is_loaded_is_sent(koala: Open, home: Path, model: Path) -> None:
+    terminal = Terminal(home, "chat", model, "--seed", "1", "--max-tokens", "4")
+    terminal.quiet()
+    terminal.keys("early\r")
+    terminal.wait(lambda: "tokens/s" in terminal.bar, "the reply")
+    assert [node.user for node in saved(home)] == ["early"]
+    terminal.kill()
+
+
 def test_ctrl_c_while_the_prompt_is_read_gives_the_message_back(koala: Open, home: Path, slow_model: Path) -> None:
     (home.parent / "long.txt").write_text("word " * 740)
     terminal = koala(model=slow_model)

@@ -10,7 +10,7 @@ from rich.console import Console, RenderableType
 from koala_local.chat.commands import run_line
 from koala_local.chat.conversation import Conversation
 from koala_local.chat.ledger import Answer
-from koala_local.chat.loader import LoadedModel, LoadOptions, change_model
+from koala_local.chat.loader import LoadedModel, LoadOptions
 from koala_local.chat.streaming import Act
 from koala_local.engine.text_stream import plain
 from koala_local.errors import Interrupted
@@ -48,10 +48,6 @@ class Recorder:
     def ask_text(self, prompt: str, default: str) -> str | None:
         self.asked = default
         return self.replacement
-
-    def change_model(self, reference: str) -> None:
-        notes: list[str] = []
-        change_model(self, reference, notes.append)
 
     def quit(self) -> None:
         self.done = True

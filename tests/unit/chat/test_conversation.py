@@ -278,6 +278,19 @@ def test_turns_that_waited_are_saved_before_another_session_begins(
     assert [(node.user, node.name) for node in nodes] == [("one", ""), ("two", "kept")]
 
 
+def test_what_makes_the_next_reply_slow_is_told(open_chat: Open, notes: list[str]) -> None:
+    chat = open_chat()
+    chat.set_system("Be brief.")
+    assert notes == []  # nothing has been said: nothing to evaluate again
+    chat.send("one", quiet)
+    chat.set_system("Be brief.")
+    assert notes == []
+    chat.set_system("Be long.")
+    chat.use_format(FORMATS["chatml"])
+    assert [note.partition(": ")[2] for note in notes] == ["the system text changed", "the prompt format changed"]
+    assert all("evaluates the whole conversation again" in note for note in notes)
+
+
 def test_damaged_ids_are_made_anew_from_the_text(open_chat: Open) -> None:
     chat = open_chat()
     chat.send("one", quiet)

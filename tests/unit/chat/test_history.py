@@ -133,6 +133,16 @@ def test_the_list_is_newest_first(history: History) -> None:
     assert latest is not None and latest.id == old.id
 
 
+def test_the_list_counts_the_turns_of_the_line_that_goes_on(history: History) -> None:
+    session = begin(history)
+    root = say(history, session)
+    for _ in range(3):
+        say(history, session, root.id)
+    assert [summary.turns for summary in history.sessions()] == [2]
+    history.set_head(session.id, None)
+    assert [summary.turns for summary in history.sessions()] == [0]
+
+
 def test_ids_are_short_and_found_by_their_beginning(history: History) -> None:
     sessions = [begin(history) for _ in range(40)]
     for session in sessions:

@@ -23,7 +23,7 @@ from koala_local.chat.kv_files import KvFiles
 from koala_local.chat.ledger import Ledger
 from koala_local.chat.loader import LoadedModel, LoadOptions
 from koala_local.chat.repl import Repl
-from koala_local.chat.status_bar import bar
+from koala_local.chat.views import bar
 from koala_local.dialogue import KOALA
 from koala_local.engine.llama import LlamaEngine
 from koala_local.engine.sampling import Sampling

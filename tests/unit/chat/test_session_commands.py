@@ -23,7 +23,7 @@ from tests.unit.chat.recorder import Recorder, users
 
 def test_new_sessions_resume_and_rename(front: Recorder) -> None:
     say(front, "the first one")
-    front.run("/rename  a  good\ttitle ")
+    front.run("/rename  a good\ttitle ")
     front.run("/new")
     assert users(front) == []
     say(front, "the second \x1b]0;evil\x07one")

@@ -49,8 +49,9 @@ def test_edit_without_a_text_asks_with_the_old_one(front: Recorder) -> None:
     with pytest.raises(KoalaError, match="nothing is changed"):
         front.run("/edit")
     assert users(front) == ["uno"]
-    with pytest.raises(KoalaError, match="no turn 9"):
-        front.run("/edit 9 x")
+    with pytest.raises(KoalaError, match="no turn 2024") as caught:
+        front.run("/edit 2024 was a good year")
+    assert "/edit 1 2024 was a good year" in caught.value.hint
 
 
 def test_an_interrupted_edit_can_be_typed_again(front: Recorder) -> None:

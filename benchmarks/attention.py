@@ -1,6 +1,8 @@
-"""What flash attention costs and gains on the CPU: reading a message, and decoding, behind a long history.
+"""What flash attention costs and gains on the CPU: reading a message, and decoding, behind a long history. And what it
+gains to fill a message up to one tile of it (engine/batch.py).
 
-The engine leaves the choice to llama.cpp (`llama._flash_attention`), which takes it where it can.
+The engine leaves the choice to llama.cpp (`llama._flash_attention`), which takes it where it can. Processors differ:
+with AVX-512 decoding is faster with it, with AVX2 alone it may be slower.
 """
 
 from __future__ import annotations
@@ -21,20 +23,25 @@ _HISTORY, _MESSAGE, _DECODED = 3300, 40, 32
 
 
 def run(model: Model, quick: bool) -> list[Row]:
-    """Milliseconds without flash attention, against with it."""
-    off = _times(model.path, ll.LLAMA_FLASH_ATTN_TYPE_DISABLED, 3 if quick else 7)
-    on = _times(model.path, ll.LLAMA_FLASH_ATTN_TYPE_ENABLED, 3 if quick else 7)
+    """Milliseconds without flash attention, and without tiles, against with both."""
+    rounds = 3 if quick else 7
+    off = _times(model.path, ll.LLAMA_FLASH_ATTN_TYPE_DISABLED, rounds, tiles=False)
+    untiled = _times(model.path, ll.LLAMA_FLASH_ATTN_TYPE_ENABLED, rounds, tiles=False)
+    on = _times(model.path, ll.LLAMA_FLASH_ATTN_TYPE_ENABLED, rounds, tiles=True)
     names = (f"read {_MESSAGE} tokens behind {_HISTORY}", f"decode a token behind {_HISTORY}")
-    return [
+    rows = [
         Row(f"{model.name}: {name}, flash attention off", without, "ms", with_it, "on", ratio=without / with_it)
         for name, without, with_it in zip(names, off, on, strict=True)
     ]
+    name = f"{model.name}: {names[0]}, not filled up to a tile"
+    return [*rows, Row(name, untiled[0], "ms", on[0], "filled up", untiled[0] / on[0])]
 
 
-def _times(path: Path, flash: int, rounds: int) -> tuple[float, float]:
+def _times(path: Path, flash: int, rounds: int, *, tiles: bool) -> tuple[float, float]:
     """Medians: reading a message, decoding one token."""
     with mock.patch.object(llama, "_flash_attention", return_value=flash):
         engine = LlamaEngine(path, "benchmark", Placement(context=4096))
+    engine._tiles = tiles
     engine.evaluate([7] * _HISTORY, slot=0, position=0)
     reading, decoding = [], []
     for _ in range(rounds):

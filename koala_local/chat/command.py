@@ -109,7 +109,11 @@ def chat(model: str | None, prompt: str | None, as_json: bool, **options: Any) -
     text = prompt if prompt is not None else (None if as_json else _piped_text())
     if text is not None and not text.strip():
         raise KoalaError("there is no message", "give one with -p, on stdin, or start without either to chat")
-    _start(model, text, as_json, options)
+    from koala_local.chat.terminal import silent_keys
+
+    talks = text is None and not as_json
+    with silent_keys() if talks else nullcontext():  # at once: people type while a model is loaded
+        _start(model, text, as_json, options)
 
 
 def _piped_text() -> str | None:
@@ -127,7 +131,6 @@ def _piped_text() -> str | None:
 def _start(model: str | None, text: str | None, as_json: bool, options: dict[str, Any]) -> None:
     from koala_local.chat.history import History
     from koala_local.chat.loader import LoadOptions
-    from koala_local.chat.terminal import silent_keys
     from koala_local.paths import data_folder
 
     load = LoadOptions(
@@ -148,14 +151,13 @@ def _start(model: str | None, text: str | None, as_json: bool, options: dict[str
             if saved is None:
                 console.note("there is no session to resume yet: this is a new one")
         _fetch_missing(model)
-        talks = text is None and not as_json
-        front = "koala_local.chat.repl" if talks else "koala_local.chat.pipe"  # imported while the model is probed
-        with silent_keys() if talks else nullcontext():
-            loaded, conversation = _open(model, saved, history, load, options, partial(import_module, front))
-            try:
-                _talk(conversation, loaded, load, text, as_json)
-            finally:
-                conversation.close()
+        front = "pipe" if as_json or text is not None else "repl"  # imported while the model is probed
+        importing = partial(import_module, f"koala_local.chat.{front}")
+        loaded, conversation = _open(model, saved, history, load, options, importing)
+        try:
+            _talk(conversation, loaded, load, text, as_json)
+        finally:
+            conversation.close()
 
 
 def _open(

@@ -30,7 +30,8 @@ def raise_interrupt() -> NoReturn:
 def silent_keys() -> Iterator[None]:
     """Within, what is typed is not shown; the next prompt gets it, Enter as Enter. Prompts and editors set the terminal
     for themselves. A dumb terminal, which edits its lines itself, stays as it is."""
-    if not sys.stdin.isatty() or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):  # as prompt_toolkit has it
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")  # as prompt_toolkit has it
+    if not sys.stdin or not sys.stdin.isatty() or dumb:
         yield
         return
     keys = sys.stdin.fileno()

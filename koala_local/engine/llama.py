@@ -15,13 +15,14 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala_local.engine.base import Vocabulary
+from koala_local.engine.batch import Batch, tiled
 from koala_local.engine.bindings import ll
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMemoryError
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 SLOTS = 16  # one for the active branch, the rest to hold others; a slot without tokens costs nothing
 KV_TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
+_FILLER_SLOT = SLOTS  # of tokens that nobody sees, see batch.py
 _BATCH = 512  # tokens that llama.cpp takes at once; on a GPU, where the abort callback does not reach, fewer
 _BATCH_GPU = 128
 _LOGIT_ROWS = 64
@@ -101,7 +103,10 @@ class LlamaEngine:
         self.cache_key = (
             f"model={fingerprint} context={self.context_size} kv={self.kv_type} flash={_flash_attention(self.kv_type)}"
         )
-        self._batch, self._step = _Batch(_BATCH if self.gpu_layers == 0 else _BATCH_GPU), _Batch(1)
+        self._batch, self._step = Batch(_BATCH_GPU if self.gpu_layers else _BATCH, _FILLER_SLOT), Batch(1, _FILLER_SLOT)
+        plain = not (ll.llama_model_is_recurrent(self._model) or ll.llama_model_is_hybrid(self._model))
+        self._tiles = plain and not self.gpu_layers and self.kv_type == "f16"  # where llama.cpp has that kernel
+        self._width = int(ll.llama_model_n_embd(self._model))
         # llama.cpp polls this many times a token. libc's strlen is such a poll without any Python:
         # the stop flag is a string, empty (0, false) until `interrupt` writes a byte into it.
         self._poll = ctypes.cast(ctypes.CDLL(ctypes.util.find_library("c")).strlen, ll.ggml_abort_callback)
@@ -171,8 +176,19 @@ class LlamaEngine:
             return
         room = self._batch.room
         for start in range(0, len(ids), room):
-            part = ids[start : start + room]
-            self._decode(self._batch.fill(part, slot, position + start), len(part), slot, position + start)
+            self._read(ids[start : start + room], slot, position + start)
+
+    def _read(self, ids: Sequence[int], slot: int, position: int) -> None:
+        count = len(ids)
+        size = tiled(count, position, self._width) if self._tiles else count
+        if size > count:
+            with suppress(OutOfMemoryError):  # no cells are free for filler
+                try:
+                    self._decode(self._batch.fill(ids, slot, position, size=size), count, slot, position)
+                    return
+                finally:
+                    ll.llama_memory_seq_rm(self._memory, _FILLER_SLOT, -1, -1)
+        self._decode(self._batch.fill(ids, slot, position), count, slot, position)
 
     def _decode(self, batch: Any, count: int, slot: int, position: int) -> None:
         if self._stopped:
@@ -286,30 +302,6 @@ def _stages(sampling: Sampling, seed: int, vocabulary_size: int) -> Iterator[Any
     yield ll.llama_sampler_init_dist(seed & 0xFFFFFFFF)
 
 
-class _Batch:
-    """A llama_batch over arrays that are filled in place: a decode step allocates nothing. It begins as one token whose
-    logits are wanted."""
-
-    def __init__(self, room: int) -> None:
-        self.room, self.slot = room, ll.llama_seq_id()
-        self.tokens, self.positions = (ll.llama_token * room)(), (ll.llama_pos * room)()
-        self._counts = (ctypes.c_int32 * room)(*[1] * room)
-        self._slots = (ctypes.POINTER(ll.llama_seq_id) * room)(*[ctypes.pointer(self.slot)] * room)
-        self._wanted = (ctypes.c_int8 * room)(1)
-        self.batch = ll.llama_batch(1, self.tokens, None, self.positions, self._counts, self._slots, self._wanted)
-
-    def fill(self, ids: Sequence[int], slot: int, position: int, *, every: bool = False) -> Any:
-        """All of `ids` in one slot; logits for the last one, or for `every` one."""
-        count = len(ids)
-        self.tokens[:count] = list(ids)
-        self.positions[:count] = list(range(position, position + count))
-        self.slot.value = slot
-        ctypes.memset(self._wanted, int(every), count)
-        self._wanted[count - 1] = 1
-        self.batch.n_tokens = count
-        return self.batch
-
-
 def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
     """Load with as many layers on the GPU as memory allows: (layers, KV type, model, context)."""
     kv_types = ["f16", "q8_0"] if placement.kv_type == "auto" else [placement.kv_type]
@@ -369,7 +361,7 @@ def _context_params(placement: Placement, kv_type: str) -> Any:
     params = ll.llama_context_default_params()
     params.n_ctx = placement.context
     params.n_batch = params.n_ubatch = _BATCH
-    params.n_seq_max = SLOTS
+    params.n_seq_max = SLOTS + 1
     params.n_outputs_max = _LOGIT_ROWS  # not fewer than slots; logits of a whole batch would take room on a GPU
     params.kv_unified = True  # copies share cells; without it a partial copy aborts the process
     params.n_threads = params.n_threads_batch = placement.threads or physical_cores()

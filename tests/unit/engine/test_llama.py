@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from llama_cpp import llama_cpp as ll
 
+from koala_local.engine.batch import TILE, tiled
 from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted
@@ -105,6 +107,43 @@ def test_an_interrupt_from_another_thread_stops_inside_a_batch(tmp_path: Path) -
     assert engine.evaluated_tokens == 512
     engine.evaluate(batch, slot=0, position=512)  # the interrupted tokens left nothing behind
     engine.close()
+
+
+def test_a_message_behind_a_long_history_is_filled_up_and_nothing_shows_it(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "m.gguf", context=512)
+    engine = LlamaEngine(path, "test", Placement(context=512, threads=1))
+    history, message = [1, *(5 + n % 250 for n in range(400))], [*range(20, 60)]
+    assert tiled(len(message), len(history), 64) == TILE
+    sizes: list[int] = []
+    decode = ll.llama_decode
+
+    def read(*, full: bool) -> list[float]:
+        def counted(context: Any, batch: Any) -> int:
+            sizes.append(batch.n_tokens)
+            return 1 if full and batch.n_tokens == TILE else int(decode(context, batch))
+
+        engine.crop(0, 0)
+        engine.evaluate(history, slot=0, position=0)
+        before = engine.evaluated_tokens
+        with patch.object(ll, "llama_decode", counted):
+            engine.evaluate(message, slot=0, position=len(history))
+        assert engine.evaluated_tokens == before + len(message)
+        return engine.logits()
+
+    whole, plain = read(full=False), read(full=True)  # where no cell is free for filler, there is none
+    assert sizes == [TILE, TILE, len(message)]
+    assert max(abs(a - b) for a, b in zip(whole, plain, strict=True)) < 0.02
+    engine.crop(0, 0)
+    engine.evaluate([7] * 512, slot=0, position=0)  # every cell is free again
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("count", "history", "size"),
+    [(46, 0, 46), (46, 100, 46), (46, 1785, 64), (20, 1785, 20), (20, 3300, 64), (1, 4000, 1), (64, 4000, 64)],
+)
+def test_filling_up_must_pay(count: int, history: int, size: int) -> None:
+    assert tiled(count, history, 768) == size
 
 
 def test_quantized_kv_works(tmp_path: Path) -> None:

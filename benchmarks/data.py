@@ -42,7 +42,7 @@ class _Inputs:
 
 def run(quick: bool) -> list[Row]:
     """Rows of the table."""
-    from koala_local.finetune.workers import usable_cores
+    from koala_local.finetune.data.workers import usable_cores
 
     RUNS.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=RUNS) as temporary:
@@ -54,7 +54,7 @@ def run(quick: bool) -> list[Row]:
 def _inputs(folder: Path, quick: bool) -> _Inputs:
     raw = folder / "raw"
     if "KOALA_TEST_DATA" not in os.environ:
-        from tests.unit.finetune.raw_maker import make_raw
+        from tests.unit.finetune.data.raw_maker import make_raw
 
         made = make_raw(raw, 500 if quick else 20_000)
         return _Inputs("made-up rows, a tokenizer of 340 pieces", made, made / "mine.toml", made / "tokenizer.model")
@@ -68,7 +68,7 @@ def _inputs(folder: Path, quick: bool) -> _Inputs:
 
 
 def _build(inputs: _Inputs, out: Path, cores: int) -> Row:
-    from koala_local.finetune.build import build, choose_recipe
+    from koala_local.finetune.data.build import build, choose_recipe
 
     started = time.perf_counter()
     report = build(choose_recipe(str(inputs.recipe)), out, inputs.tokenizer, raw=inputs.raw, processes=cores)
@@ -78,10 +78,10 @@ def _build(inputs: _Inputs, out: Path, cores: int) -> Row:
 
 
 def _tokenization(inputs: _Inputs, out: Path, cores: int) -> Row:
-    from koala_local.finetune.corpus import write_corpus
-    from koala_local.finetune.mix_file import read_examples
-    from koala_local.finetune.tokens import DialogueTokenizer
-    from koala_local.finetune.workers import workers
+    from koala_local.finetune.data.corpus import write_corpus
+    from koala_local.finetune.data.mix_file import read_examples
+    from koala_local.finetune.data.tokens import DialogueTokenizer
+    from koala_local.finetune.data.workers import workers
 
     examples, again = list(read_examples(out / "dialogues.jsonl")), out.with_name("again")
     tokenizer = DialogueTokenizer(inputs.tokenizer)
@@ -96,8 +96,8 @@ def _tokenization(inputs: _Inputs, out: Path, cores: int) -> Row:
 
 
 def _packing(inputs: _Inputs, out: Path) -> Row:
-    from koala_local.finetune.corpus import open_corpus
-    from koala_local.finetune.packing import make_plan
+    from koala_local.finetune.data.corpus import open_corpus
+    from koala_local.finetune.data.packing import make_plan
 
     corpus = open_corpus(out)
     started = time.perf_counter()

@@ -19,18 +19,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from koala_local.finetune.batch import Batch
 from koala_local.finetune.checkpoint import Checkpoints
-from koala_local.finetune.corpus import Corpus, open_corpus, write_corpus
-from koala_local.finetune.example import Example
+from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.corpus import Corpus, open_corpus, write_corpus
+from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.packing import PackPlan, make_plan
+from koala_local.finetune.data.tokens import DialogueTokenizer
 from koala_local.finetune.launch import Rank
 from koala_local.finetune.memory import memory_of
 from koala_local.finetune.model import build, inputs_of, shape_config
 from koala_local.finetune.optimizer import build_optimizer, clip_gradients
-from koala_local.finetune.packing import PackPlan, make_plan
 from koala_local.finetune.settings import LoraSettings, ModelShape, Settings
 from koala_local.finetune.throughput import Numbers, known_gpu, utilization, work_of
-from koala_local.finetune.tokens import DialogueTokenizer
 from koala_local.finetune.train import Run, train
 
 from benchmarks.table import Row, markdown

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from koala_local.dialogue import Dialogue, Turn
 
-from .batch import Batch
-from .corpus import Corpus
+from .data.batch import Batch
+from .data.corpus import Corpus
+from .data.packing import PackPlan, held_out_rows
+from .data.tokens import DialogueTokenizer
 from .launch import Rank
 from .model import Trainee, inputs_of
-from .packing import PackPlan, held_out_rows
-from .tokens import DialogueTokenizer
 
 PROMPTS = (
     "Hello! Who are you?",

@@ -11,15 +11,15 @@ from torch.distributed.tensor import DTensor
 from koala_local import __version__
 
 from .adapters import adapter_state, merge_into_base
+from .data.packing import PackPlan
+from .data.tokens import DialogueTokenizer
 from .export import Dtype, SpecialIds, export, exported_weights
 from .job import Job
 from .launch import Rank
 from .model import compute_dtype
 from .model_card import Training, model_card
-from .packing import PackPlan
 from .run_log import LOG, draw_curves, read_log
 from .throughput import Numbers
-from .tokens import DialogueTokenizer
 from .train import Run
 from .weights import open_checkpoint
 

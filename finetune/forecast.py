@@ -10,14 +10,14 @@ from typing import Any
 from koala_local.errors import OutOfMemoryError
 from koala_local.models.devices import ram
 
-from .corpus import open_corpus
+from .data.corpus import open_corpus
+from .data.packing import make_plan
+from .data.tokens import DialogueTokenizer
 from .job import Job
 from .launch import Place, current_rank
-from .packing import make_plan
 from .plan import Machine, Plan, Work, plan_run
 from .settings import Settings
 from .throughput import Numbers, known_gpu
-from .tokens import DialogueTokenizer
 
 
 @dataclass(frozen=True, slots=True)

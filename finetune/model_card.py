@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .corpus_format import Manifest
-from .packing import PackPlan
+from .data.corpus_format import Manifest
+from .data.packing import PackPlan
+from .data.sources import SOURCES
 from .run_log import CURVES
 from .settings import Settings, as_tree
-from .sources import SOURCES
 
 _OWN = "the user's own; not known here"
 _LIMITS = """\

@@ -11,11 +11,11 @@ from typing import Any
 
 from koala_local.errors import KoalaError
 
-from .build import build, choose_recipe, file_hash
-from .corpus import open_corpus
-from .corpus_format import MANIFEST, Manifest
-from .mix import Tell
-from .recipe import Recipe
+from .data.build import build, choose_recipe, file_hash
+from .data.corpus import open_corpus
+from .data.corpus_format import MANIFEST, Manifest
+from .data.mix import Tell
+from .data.recipe import Recipe
 
 CORPUS = "corpus"
 

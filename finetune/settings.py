@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from koala_local.errors import KoalaError
 
-LossNorm = Literal["token", "sequence"]
+from .data.packing import LossNorm
 
 
 class SettingsError(KoalaError):

@@ -23,7 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from koala_local.errors import KoalaError, OutOfMemoryError
 
 from .checkpoint import Checkpoints, Saved, latest
-from .corpus import Corpus, open_corpus
+from .data.corpus import Corpus, open_corpus
+from .data.packing import PackPlan, make_plan
+from .data.tokens import DialogueTokenizer, check_matches
 from .evaluate import evaluate, held_out
 from .finish import finish
 from .job import Job
@@ -31,11 +33,9 @@ from .launch import MEETING_FILE, Rank, current_rank
 from .live_views import TrainingView
 from .model import base_config, build, compute_dtype, shape_config
 from .optimizer import build_optimizer
-from .packing import PackPlan, make_plan
 from .run_log import RunLog
 from .settings import Settings, as_tree, differences, settings_from
 from .throughput import Numbers, known_gpu, utilization, work_of
-from .tokens import DialogueTokenizer, check_matches
 from .train import Run, Step, restore, train
 from .weights import fingerprint
 

@@ -14,7 +14,7 @@ from koala_local.errors import Interrupted, KoalaError
 COMMANDS = {
     "bench": ("koala_local.chat.bench_command:bench", "Measure how fast a model is here."),
     "chat": ("koala_local.chat.command:chat", "Talk to a model in the terminal."),
-    "data": ("koala_local.finetune.data_command:data", "Build a training corpus from raw dialogues, and look into it."),
+    "data": ("koala_local.finetune.data.command:data", "Build a training corpus from raw dialogues, and look into it."),
     "doctor": ("koala_local.models.doctor_command:doctor", "Look for what is misconfigured, and measure."),
     "finetune": ("koala_local.finetune.command:finetune", "Train a model on dialogues."),
     "list": ("koala_local.models.command:list_models", "List the models that are here."),

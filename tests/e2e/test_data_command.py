@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.terminal import KOALA
-from tests.unit.finetune.raw_maker import TESTED, make_raw
+from tests.unit.finetune.data.raw_maker import TESTED, make_raw
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from koala_local.finetune.tokens import DialogueTokenizer
+from koala_local.finetune.data.tokens import DialogueTokenizer
 
 from koala_local.dialogue import Dialogue, Turn
 from tests.e2e.test_chat_command import KOALA, koala

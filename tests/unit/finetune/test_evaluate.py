@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from koala_local.finetune.batch import Batch
+from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.tokens import DialogueTokenizer
 from koala_local.finetune.evaluate import Evaluation, HeldOutLoss, evaluate
 from koala_local.finetune.launch import Rank
 from koala_local.finetune.model import Trainee
 from koala_local.finetune.settings import Settings
-from koala_local.finetune.tokens import DialogueTokenizer
 from koala_local.finetune.train import train
 
 from koala_local.dialogue import Dialogue, Turn

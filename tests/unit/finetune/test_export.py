@@ -14,10 +14,10 @@ import torch
 from koala_local.convert.checkpoint import open_checkpoint
 from koala_local.convert.vocabulary import read_vocabulary
 from koala_local.finetune import export as module
+from koala_local.finetune.data.tokens import DialogueTokenizer
 from koala_local.finetune.export import SpecialIds, export, exported_weights
 from koala_local.finetune.model import Trainee, base_config, build, shape_config
 from koala_local.finetune.settings import Settings
-from koala_local.finetune.tokens import DialogueTokenizer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -52,7 +52,7 @@ def written(model: Trainee, out: Path, tokenizer: Path, **options: Any) -> Any:
 
 def logits_of(model: Trainee, ids: list[int]) -> torch.Tensor:
     import numpy as np
-    from koala_local.finetune.batch import Batch
+    from koala_local.finetune.data.batch import Batch
     from koala_local.finetune.model import inputs_of
 
     shape = (1, len(ids))

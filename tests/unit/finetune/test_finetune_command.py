@@ -127,7 +127,7 @@ def test_a_tokenizer_that_does_not_match_the_embedding(tmp_path: Path, data: Pat
 
 
 def test_a_corpus_of_another_tokenizer(tmp_path: Path, data: Path, tokenizer: Path) -> None:
-    from koala_local.finetune.build import build, choose_recipe
+    from koala_local.finetune.data.build import build, choose_recipe
 
     other = make_tokenizer(tmp_path / "other", size=340)
     build(choose_recipe(str(data)), tmp_path / "corpus", other)

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from koala_local.finetune.corpus_format import Counts, Manifest
+from koala_local.finetune.data.corpus_format import Counts, Manifest
+from koala_local.finetune.data.packing import Share
 from koala_local.finetune.model_card import Training, model_card
-from koala_local.finetune.packing import Share
 from koala_local.finetune.settings import LoraSettings, Settings
 
 STEPS = [

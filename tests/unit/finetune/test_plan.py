@@ -193,7 +193,7 @@ import json, re, sys
 from pathlib import Path
 import numpy as np
 import torch
-from koala_local.finetune.batch import Batch
+from koala_local.finetune.data.batch import Batch
 from koala_local.finetune.memory import memory_of
 from koala_local.finetune.model import build, inputs_of, shape_config
 from koala_local.finetune.optimizer import build_optimizer, clip_gradients

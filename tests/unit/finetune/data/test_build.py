@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from koala_local.finetune.build import BuildError, build, choose_recipe
-from koala_local.finetune.corpus import open_corpus
-from koala_local.finetune.evaluation_sets import find_sets, read_set
-from koala_local.finetune.example import Example
-from koala_local.finetune.look import look
-from koala_local.finetune.mix import choose_held_out
-from koala_local.finetune.mix_file import read_examples
-from koala_local.finetune.packing import make_plan
-from koala_local.finetune.tokens import DialogueTokenizer
+from koala_local.finetune.data.build import BuildError, build, choose_recipe
+from koala_local.finetune.data.corpus import open_corpus
+from koala_local.finetune.data.evaluation_sets import find_sets, read_set
+from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.look import look
+from koala_local.finetune.data.mix import choose_held_out
+from koala_local.finetune.data.mix_file import read_examples
+from koala_local.finetune.data.packing import make_plan
+from koala_local.finetune.data.tokens import DialogueTokenizer
 
 from koala_local.dialogue import Dialogue
 from koala_local.errors import KoalaError
-from tests.unit.finetune.raw_maker import GERMAN, STORY, TESTED, conversation, make_raw, sentence
+from tests.unit.finetune.data.raw_maker import GERMAN, STORY, TESTED, conversation, make_raw, sentence
 
 PLAIN = 120
 
@@ -147,7 +147,7 @@ def test_killed_at_any_moment(raw: Path, built: Path, tmp_path: Path) -> None:
     """Under the final name there is nothing until all is there; the rerun gives the same bytes."""
     out, random = tmp_path / "out", Random(1)
     code = (
-        "import sys; from pathlib import Path; from koala_local.finetune.build import build, choose_recipe\n"
+        "import sys; from pathlib import Path; from koala_local.finetune.data.build import build, choose_recipe\n"
         "raw = Path(sys.argv[1]); print('.', end='', flush=True)\n"
         "build(choose_recipe(str(raw / 'mine.toml')), Path(sys.argv[2]), raw / 'tokenizer.model', raw=raw, processes=1)"
     )

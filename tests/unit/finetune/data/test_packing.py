@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from koala_local.finetune.batch import Batch
-from koala_local.finetune.corpus import Corpus, Counts, Manifest
-from koala_local.finetune.packing import PackingError, PackPlan, best_fit, held_out_rows, make_plan
+from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.corpus import Corpus, Counts, Manifest
+from koala_local.finetune.data.packing import PackingError, PackPlan, best_fit, held_out_rows, make_plan
 
 
 @dataclass(frozen=True)

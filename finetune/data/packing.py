@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,8 @@ from koala_local.errors import KoalaError
 from .batch import Batch
 from .corpus import Corpus
 from .pieces import Pieces, cut
-from .settings import LossNorm
+
+LossNorm = Literal["token", "sequence"]
 
 SHORTEST_SEQUENCE = 16
 _DRAW, _MIX, _ORDER = range(3)  # what a random generator is for

@@ -103,8 +103,8 @@ def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool
     _need_extra()
     if index is not None and at_random:
         raise click.UsageError("--index and --random exclude each other")
-    from .data_views import dialogue_view
     from .look import look
+    from .views import dialogue_view
 
     found = look(corpus, source, None if at_random else index or 0)
     console.note(
@@ -140,7 +140,7 @@ def report(corpus: Path, as_json: bool, no_plots: bool) -> None:
 
 
 def _show_report(found: object) -> None:
-    from .data_views import report_view
+    from .views import report_view
 
     view = report_view(found)  # type: ignore[arg-type]
     if sys.stdout.isatty():

@@ -16,7 +16,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
-from koala_local.finetune.tokens import DialogueTokenizer, TokenizerError, check_matches
+from koala_local.finetune.data.tokens import DialogueTokenizer, TokenizerError, check_matches
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from koala_local.chat.ledger import Exchange, Ledger

@@ -7,7 +7,7 @@ import string
 from random import Random
 
 import pytest
-from koala_local.finetune.contamination import THRESHOLD, TestQuery, TestSets, bleu4
+from koala_local.finetune.data.contamination import THRESHOLD, TestQuery, TestSets, bleu4
 
 
 def slow_bleu(candidate: str, reference: str) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from koala_local.finetune.download import packaged
-from koala_local.finetune.example import Example
-from koala_local.finetune.sources import IDENTITY, read_source
+from koala_local.finetune.data.download import packaged
+from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.sources import IDENTITY, read_source
 
 from koala_local.dialogue import Dialogue
 

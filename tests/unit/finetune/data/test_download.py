@@ -11,8 +11,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from koala_local.finetune.download import DownloadError, RawFilesMissing, fetch, find_raw
-from koala_local.finetune.sources import OWN, SOURCES
+from koala_local.finetune.data.download import DownloadError, RawFilesMissing, fetch, find_raw
+from koala_local.finetune.data.sources import OWN, SOURCES
 
 
 def touch(folder: Path, *names: str) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from koala_local.finetune.duplicates import THRESHOLD, Seen, fingerprint
+from koala_local.finetune.data.duplicates import THRESHOLD, Seen, fingerprint
 
 LONG = "please write me a short story about a fox who learns to count the stars above the old mill by the river"
 

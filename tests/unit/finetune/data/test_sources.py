@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from koala_local.finetune.example import Example
-from koala_local.finetune.raw_files import rows
-from koala_local.finetune.sources import (
+from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.raw_files import rows
+from koala_local.finetune.data.sources import (
     OWN,
     SOURCES,
     BadRow,

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from koala_local.finetune import raw_files
-from koala_local.finetune.raw_files import RawFileError, Skipped, rows, unpacked_name
+from koala_local.finetune.data import raw_files
+from koala_local.finetune.data.raw_files import RawFileError, Skipped, rows, unpacked_name
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
 ROWS: list[Any] = [
@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             file.write(json.dumps({"n": number, "text": "koala " * 300}) + ",\n")
         file.write("{}]")
     code = (
-        "import resource, sys; from pathlib import Path; from koala_local.finetune.raw_files import rows;"
+        "import resource, sys; from pathlib import Path; from koala_local.finetune.data.raw_files import rows;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "count = sum(1 for _ in rows(Path(sys.argv[1])));"
         "print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from koala_local.finetune.recipe import RecipeError, own_recipe, parse_recipe, read_recipe, recipe_names
-from koala_local.finetune.sources import SOURCES
+from koala_local.finetune.data.recipe import RecipeError, own_recipe, parse_recipe, read_recipe, recipe_names
+from koala_local.finetune.data.sources import SOURCES
 
 KNOWN = tuple(SOURCES)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from koala_local.finetune.corpus import Corpus, CorpusError, Counts, open_corpus, write_corpus
-from koala_local.finetune.example import Example
-from koala_local.finetune.tokens import DialogueTokenizer
-from koala_local.finetune.workers import workers
+from koala_local.finetune.data.corpus import Corpus, CorpusError, Counts, open_corpus, write_corpus
+from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.tokens import DialogueTokenizer
+from koala_local.finetune.data.workers import workers
 
 from koala_local.dialogue import Dialogue, Turn
 
@@ -133,8 +133,8 @@ def test_a_full_disk_leaves_no_corpus(
 WRITER = """
 import sys
 from pathlib import Path
-from tests.unit.finetune.test_corpus import write
-from koala_local.finetune.tokens import DialogueTokenizer
+from tests.unit.finetune.data.test_corpus import write
+from koala_local.finetune.data.tokens import DialogueTokenizer
 tokenizer = DialogueTokenizer(Path(sys.argv[1]))
 print("ready", flush=True)
 write(tokenizer, Path(sys.argv[2]))
@@ -147,7 +147,7 @@ def test_a_killed_writer_leaves_a_whole_corpus_or_none(
 ) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-c", WRITER, str(tokenizer.path), str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[3]) as writer:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[4]) as writer:
         assert writer.stdout and writer.stdout.readline() == b"ready\n"
         time.sleep(delay)
         writer.send_signal(signal.SIGKILL)

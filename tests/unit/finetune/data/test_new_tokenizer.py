@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from koala_local.finetune.new_tokenizer import NewTokenizerError, train_tokenizer
-from koala_local.finetune.tokens import DialogueTokenizer
+from koala_local.finetune.data.new_tokenizer import NewTokenizerError, train_tokenizer
+from koala_local.finetune.data.tokens import DialogueTokenizer
 
 from koala_local.dialogue import Dialogue, Turn
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from koala_local.finetune.data_views import dialogue_view, report_view
-from koala_local.finetune.example import Example
-from koala_local.finetune.mix import LISTED, Tally
-from koala_local.finetune.mix_file import from_line, hold_out, is_held_out, to_line
-from koala_local.finetune.raw_files import Skipped
-from koala_local.finetune.recipe import Recipe, SourceRules
-from koala_local.finetune.report import EDGES, length_report, source_report, whole_report
-from koala_local.finetune.report_plots import write_plots
-from koala_local.finetune.sources import SOURCES
+from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.mix import LISTED, Tally
+from koala_local.finetune.data.mix_file import from_line, hold_out, is_held_out, to_line
+from koala_local.finetune.data.raw_files import Skipped
+from koala_local.finetune.data.recipe import Recipe, SourceRules
+from koala_local.finetune.data.report import EDGES, length_report, source_report, whole_report
+from koala_local.finetune.data.report_plots import write_plots
+from koala_local.finetune.data.sources import SOURCES
+from koala_local.finetune.data.views import dialogue_view, report_view
 
 from koala_local import console
 from koala_local.dialogue import Dialogue, Turn

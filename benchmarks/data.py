@@ -69,17 +69,18 @@ def _inputs(folder: Path, quick: bool) -> _Inputs:
 
 def _build(inputs: _Inputs, out: Path, cores: int) -> Row:
     from koala_local.finetune.data.build import build, choose_recipe
+    from koala_local.finetune.data.tokens import DialogueTokenizer
 
-    started = time.perf_counter()
-    report = build(choose_recipe(str(inputs.recipe)), out, inputs.tokenizer, raw=inputs.raw, processes=cores)
+    started, tokenizer = time.perf_counter(), DialogueTokenizer(inputs.tokenizer)
+    report = build(choose_recipe(str(inputs.recipe)), out, tokenizer, raw=inputs.raw, processes=cores)
     seconds, total = time.perf_counter() - started, report["total"]
     note = f"{inputs.what}: {total['rows']:,} rows, {total['tokens']:,} tokens in {seconds:.0f} s; {cores} processes"
     return Row("data build, from raw rows to tokens", total["rows"] / seconds, "rows/s", note=note)
 
 
 def _tokenization(inputs: _Inputs, out: Path, cores: int) -> Row:
-    from koala_local.finetune.data.corpus import write_corpus
-    from koala_local.finetune.data.mix_file import read_examples
+    from koala_local.finetune.data.corpus_writer import write_corpus
+    from koala_local.finetune.data.examples import read_examples
     from koala_local.finetune.data.tokens import DialogueTokenizer
     from koala_local.finetune.data.workers import workers
 

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from koala_local.finetune.checkpoint import Checkpoints
-from koala_local.finetune.data.batch import Batch
-from koala_local.finetune.data.corpus import Corpus, open_corpus, write_corpus
-from koala_local.finetune.data.example import Example
-from koala_local.finetune.data.packing import PackPlan, make_plan
+from koala_local.finetune.data.corpus import Corpus, open_corpus
+from koala_local.finetune.data.corpus_writer import write_corpus
+from koala_local.finetune.data.examples import Example
+from koala_local.finetune.data.packing import Batch, PackPlan, make_plan
 from koala_local.finetune.data.tokens import DialogueTokenizer
 from koala_local.finetune.launch import Rank
 from koala_local.finetune.memory import memory_of

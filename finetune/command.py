@@ -48,21 +48,22 @@ def finetune(data: str, out: Path, words: tuple[str, ...], **options: Any) -> in
 
 
 def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, Any]) -> int:
+    from .data.views import telling
     from .job import Job
-    from .launch import Place, check_place, launch
+    from .launch import Place, check_place, gpus_here, launch
     from .prepare import check_output, locked, prepare, recipe_settings
 
     settings = _settings(words, options)
-    base, tokenizer = options["base"], _tokenizer(options["base"], options["tokenizer"], settings)
-    place = Place(_gpus() if options["gpus"] is None else options["gpus"], options["nodes"], options["rendezvous"])
-    check_place(place)
+    base, vocabulary = options["base"], _tokenizer(options["base"], options["tokenizer"], settings)
+    place = Place(gpus_here() if options["gpus"] is None else options["gpus"], options["nodes"], options["rendezvous"])
     if not options["plan_only"]:
+        check_place(place)
         check_output(out, resume=options["resume"])
-    from .forecast import check_base, forecast  # transformers is slow to import: not before what fails at once
+    from .forecast import forecast, read_tokenizer  # transformers is slow to import: not before what fails at once
 
-    check_base(base, tokenizer, settings)
-    with locked(out), console.progress("building") as step:
-        corpus = prepare(data, out, tokenizer, options["raw"], lambda what, done, of: step(done, of or 0, what))
+    tokenizer = read_tokenizer(base, vocabulary, settings)
+    with locked(out), telling() as tell:
+        corpus = prepare(data, out, tokenizer, options["raw"], tell)
     settings = _settings(words, options, recipe_settings(corpus))
     job = Job(settings, base, tokenizer, corpus, out, place.gpus, options["resume"])
     plan = forecast(job, place)
@@ -100,12 +101,6 @@ def _settings(words: tuple[str, ...], options: dict[str, Any], defaults: dict[st
 
     lora = options["lora"] or options["qlora"]
     return read_settings(options["config"], words, lora=lora, four_bit=options["qlora"], defaults=defaults or {})
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _tokenizer(base: Path | None, given: Path | None, settings: Settings) -> Path:

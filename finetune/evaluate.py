@@ -20,9 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from koala_local.dialogue import Dialogue, Turn
 
-from .data.batch import Batch
 from .data.corpus import Corpus
-from .data.packing import PackPlan, held_out_rows
+from .data.packing import Batch, PackPlan, held_out_rows
 from .data.tokens import DialogueTokenizer
 from .launch import Rank
 from .model import Trainee, inputs_of
@@ -84,9 +83,9 @@ class Evaluation:
         }
 
 
-def held_out(corpus: Corpus, sequence_length: int, *, most: int | None = None) -> dict[str, PackPlan]:
-    """The held-out rows of each source that has any; of its first `most` dialogues where given."""
-    plans = {name: held_out_rows(corpus, name, sequence_length, most=most) for name in corpus.source_names}
+def held_out(corpus: Corpus, sequence_length: int) -> dict[str, PackPlan]:
+    """The held-out rows of each source that has any."""
+    plans = {name: held_out_rows(corpus, name, sequence_length) for name in corpus.source_names}
     return {name: plan for name, plan in plans.items() if plan.rows}
 
 

@@ -35,7 +35,7 @@ from .sharding import plain_name
 from .throughput import Numbers
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-Progress = Callable[[str], None]  # the tensor that is gathered
+Progress = Callable[[int, int], None]  # bytes written, and bytes of all weights
 
 SHARD_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
@@ -91,12 +91,13 @@ def export(
     Raises KoalaError when `out` holds a checkpoint, when it cannot be written, for want of space for one, and for a
     weight that is not finite in `dtype`; nothing is left then."""
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
-    parameters = Numbers.of(config).parameters
-    _on_writer(lambda: _begin(out, partial, parameters * _torch_dtype(dtype).itemsize))
+    size = Numbers.of(config).parameters * _torch_dtype(dtype).itemsize
+    _on_writer(lambda: _begin(out, partial, size))
     shards = _Shards(partial, shard_bytes)
     try:
         pairs = weights.items() if isinstance(weights, Mapping) else weights
-        failure = _write_weights(pairs, shards, _torch_dtype(dtype), progress)
+        told = (lambda: progress(shards.total, size)) if progress else None
+        failure = _write_weights(pairs, shards, _torch_dtype(dtype), told)
         files = _small_files(tokenizer, configuration(config, ids, dtype))
         _on_writer(lambda: _finish(shards, out, {**files, **extra_files}), failure)
     except BaseException:
@@ -171,20 +172,20 @@ class _Shards:
 
 
 def _write_weights(
-    weights: Iterable[tuple[str, Tensor]], shards: _Shards, dtype: torch.dtype, progress: Progress | None
+    weights: Iterable[tuple[str, Tensor]], shards: _Shards, dtype: torch.dtype, told: Callable[[], None] | None
 ) -> Exception | None:
     """Gather all weights and write them, on rank 0. What fails there is returned, and gathering goes on: the other
     ranks know nothing of it and must not wait forever."""
     failure: Exception | None = None
     try:
         for name, weight in weights:
-            if progress:
-                progress(name)
             whole = weight.detach()
             if isinstance(whole, DTensor):
                 whole = whole.full_tensor()
             if failure is None and _is_writer():
                 failure = _failure_of(functools.partial(shards.add, name, whole.to("cpu", dtype).contiguous()))
+            if told:
+                told()
     except _FAILURES as error:  # of weights that are read from a file: the others gather nothing
         failure = failure or error
     return failure

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from koala_local import __version__
+from koala_local import __version__, console
 
 from .adapters import adapter_state, merge_into_base
 from .data.packing import PackPlan
-from .data.tokens import DialogueTokenizer
 from .export import Dtype, SpecialIds, export, exported_weights
 from .job import Job
 from .launch import Rank
@@ -26,30 +26,33 @@ from .weights import open_checkpoint
 _DTYPES: dict[torch.dtype, Dtype] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
-def finish(job: Job, run: Run, plan: PackPlan, tokenizer: DialogueTokenizer) -> None:
+def finish(job: Job, run: Run, plan: PackPlan) -> None:
     """Write everything. All ranks must call this. Raises KoalaError when it cannot be written."""
     weights, dtype = _final_weights(job, run)
+    tokenizer = job.tokenizer
     card = b""
     if run.rank.first:
         draw_curves(job.out)
         card = model_card(_training(job, run, plan, dtype)).encode()
-    export(
-        weights,
-        run.trainee.config,
-        job.out,
-        job.tokenizer,
-        SpecialIds(tokenizer.bos, tokenizer.eos, tokenizer.vocabulary.unknown),
-        dtype=dtype,
-        extra_files={"README.md": card},
-    )
+    with console.progress("writing the model", "B") if run.rank.first else nullcontext() as step:
+        export(
+            weights,
+            run.trainee.config,
+            job.out,
+            tokenizer.path,
+            SpecialIds(tokenizer.bos, tokenizer.eos, tokenizer.vocabulary.unknown),
+            dtype=dtype,
+            extra_files={"README.md": card},
+            progress=step,
+        )
 
 
 def _training(job: Job, run: Run, plan: PackPlan, dtype: str) -> Training:
     return Training(
         name=job.out.resolve().name,
         base=_name_of(job.base) if job.base else None,
-        base_licence=None,
-        parameters=Numbers.of(run.trainee.config).parameters,
+        base_licence=licence_of(job.base) if job.base else None,
+        numbers=Numbers.of(run.trainee.config),
         settings=run.settings,
         manifest=plan.corpus.manifest,
         plan=plan,
@@ -69,6 +72,19 @@ def _name_of(base: Path) -> str:
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/", 1)
     return folder.name
+
+
+def licence_of(base: Path) -> str | None:
+    """The licence that the base's own card, a stranger's file, names; None where there is no card, or none in it."""
+    from huggingface_hub import metadata_load
+
+    try:
+        said = metadata_load(base / "README.md") or {}
+    except Exception:  # whatever YAML that is none may raise
+        return None
+    named = said.get("license_name") if said.get("license") == "other" else None
+    licence = named or said.get("license")
+    return f"{licence[:100]}, by its own card" if isinstance(licence, str) else None
 
 
 def _final_weights(job: Job, run: Run) -> tuple[Iterable[tuple[str, torch.Tensor]], Dtype]:

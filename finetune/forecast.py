@@ -14,7 +14,7 @@ from .data.corpus import open_corpus
 from .data.packing import make_plan
 from .data.tokens import DialogueTokenizer
 from .job import Job
-from .launch import Place, current_rank
+from .launch import Place, current_rank, gpus_here
 from .plan import Machine, Plan, Work, plan_run
 from .settings import Settings
 from .throughput import Numbers, known_gpu
@@ -34,25 +34,24 @@ class Forecast:
 
     def check(self) -> None:
         """Raise OutOfMemoryError, with what would help, when it does not fit."""
-        plan = self.plan
-        if plan.fits:
+        peak, best = self.plan.memory.peak, self.plan.best
+        if best.fits:
             return
-        what = f"the run takes {plan.memory.peak / 1e9:.1f} GB of {plan.machine.memory / 1e9:.1f} GB: it will not fit"
-        hint = f"it would with {plan.remedies[0]}" if plan.remedies else "take a smaller model, or shorter sequences"
+        what = f"the run takes {peak / 1e9:.1f} GB of {best.memory / 1e9:.1f} GB: it will not fit"
+        hint = f"it would with {best.remedies[0]}" if best.remedies else "take a smaller model, or shorter sequences"
         raise OutOfMemoryError(what, hint)
 
 
-def check_base(base: Path | None, tokenizer: Path, settings: Settings) -> None:
-    """Raise ModelFileError or TokenizerError unless the base can be trained, and the tokenizer is its own."""
-    size = _config(base, settings).vocab_size if base else None
-    DialogueTokenizer(tokenizer, size)
+def read_tokenizer(base: Path | None, place: Path, settings: Settings) -> DialogueTokenizer:
+    """The tokenizer at `place`. Raises ModelFileError or TokenizerError unless the base can be trained, and the
+    tokenizer is its own."""
+    return DialogueTokenizer(place, _config(base, settings).vocab_size if base else None)
 
 
 def forecast(job: Job, place: Place) -> Forecast:
     """The plan of the job. Raises KoalaError for data that cannot be packed, or was made for another tokenizer."""
     settings = job.settings
-    tokenizer = DialogueTokenizer(job.tokenizer)
-    corpus = open_corpus(job.corpus, tokenizer.key)
+    corpus = open_corpus(job.corpus, job.tokenizer.key)
     packed = make_plan(
         corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
     )
@@ -60,8 +59,8 @@ def forecast(job: Job, place: Place) -> Forecast:
         numbers = Numbers.of(_config(job.base, settings))
     else:
         assert settings.model
-        numbers = Numbers.of_shape(settings.model, tokenizer.size)
-    work = Work.of(packed.rows, packed.tokens, settings)
+        numbers = Numbers.of_shape(settings.model, job.tokenizer.size)
+    work = Work.of(packed.rows, packed.tokens, settings, packed.cuts)
     return Forecast(plan_run(numbers, settings, work, _machine(place)))
 
 
@@ -75,6 +74,8 @@ def _machine(place: Place) -> Machine:
     ranks = max(place.ranks, current_rank().world_size)
     if not place.gpus:
         return Machine(0, ram()[0] or math.inf)
+    if gpus_here() < place.gpus:
+        return Machine(ranks, None)
     import torch
 
     memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(place.gpus))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .data.tokens import DialogueTokenizer
 from .settings import Settings
 
 
@@ -14,7 +15,7 @@ class Job:
 
     settings: Settings
     base: Path | None  # None: from scratch
-    tokenizer: Path  # a checkpoint folder, or a tokenizer's file
+    tokenizer: DialogueTokenizer  # read once; a rank that is started reads it again
     corpus: Path
     out: Path
     gpus: int  # of each node; 0: the processor

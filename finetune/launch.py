@@ -88,18 +88,21 @@ def check_place(place: Place) -> None:
     if place.nodes > 1 and not place.rendezvous and not given:
         hint = "add --rendezvous HOST:PORT, the same on each machine, HOST being one of them"
         raise LaunchError(f"{place.nodes} nodes do not know where to meet", hint)
-    if not place.gpus:
+    if not place.gpus or place.gpus <= (there := gpus_here()):
         return
     import torch
 
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if place.gpus > there:
-        names = sorted({torch.cuda.get_device_name(number) for number in range(there)})
-        have = f"{there} ({', '.join(names)})" if there else "none that torch can use"
-        hint = (
-            f"use --gpus {there}" if there else "use --gpus 0 to train on the processor, or install torch for your GPU"
-        )
-        raise LaunchError(f"--gpus {place.gpus}, but this machine has {have}", hint)
+    names = sorted({torch.cuda.get_device_name(number) for number in range(there)})
+    have = f"{there} ({', '.join(names)})" if there else "none that torch can use"
+    hint = f"use --gpus {there}" if there else "use --gpus 0 to train on the processor, or install torch for your GPU"
+    raise LaunchError(f"--gpus {place.gpus}, but this machine has {have}", f"{hint}; --plan needs none")
+
+
+def gpus_here() -> int:
+    """How many GPUs this machine has that torch can use."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def is_given_rank(environ: Mapping[str, str]) -> bool:

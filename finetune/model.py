@@ -21,7 +21,7 @@ from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig, read_configuration
 
 from . import adapters, attention, sharding
-from .data.batch import Batch
+from .data.packing import Batch
 from .dropout import add_dropout
 from .loss import head_loss
 from .settings import ModelShape, Settings

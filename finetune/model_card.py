@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .data.corpus_format import Manifest
+from .data.corpus import Manifest
 from .data.packing import PackPlan
 from .data.sources import SOURCES
 from .run_log import CURVES
 from .settings import Settings, as_tree
+from .throughput import Numbers
 
 _OWN = "the user's own; not known here"
 _LIMITS = """\
@@ -34,7 +35,7 @@ class Training:
     name: str
     base: str | None  # a folder's name or a hub id; None: from scratch
     base_licence: str | None
-    parameters: int
+    numbers: Numbers
     settings: Settings
     manifest: Manifest
     plan: PackPlan
@@ -93,9 +94,12 @@ def _summary(run: Training) -> str:
     start = f"{_plain(run.base)}, fine-tuned" if run.base else "A LLaMA trained from scratch"
     adapters = ""
     if lora := run.settings.lora:
-        kind = "QLoRA" if lora.four_bit else "LoRA"
-        adapters = f" by {kind} (rank {lora.rank}, alpha {lora.alpha:g}), merged into the original weights,"
-    return f"{start}{adapters} on dialogues. {run.parameters:,} parameters, stored as {run.dtype}.\n"
+        kind = "QLoRA, over weights of 4 bits (NF4)," if lora.four_bit else "LoRA"
+        adapters = (
+            f" by {kind} of rank {lora.rank} and alpha {lora.alpha:g} on every linear layer of the blocks: "
+            f"{run.numbers.adapters(lora.rank):,} weights were trained, then merged into the original ones,"
+        )
+    return f"{start}{adapters} on dialogues. {run.numbers.parameters:,} parameters, stored as {run.dtype}.\n"
 
 
 def _data(run: Training) -> str:
@@ -118,7 +122,7 @@ def _data(run: Training) -> str:
     head = ("source", "dialogues", "held out", "planned", "tokens", "trained on", "licence")
     packing = (
         f"Planned: {plan.rows:,} rows of {plan.sequence_length:,} tokens, {plan.fill:.1%} full; "
-        f"{plan.tokens:,} tokens, {plan.trained_tokens:,} of them replies and trained on. "
+        f"{plan.tokens:,} tokens, {plan.trained_tokens:,} of them trained on. {plan.cuts and f'Cut: {plan.cuts}. '}"
         f"Corpus {run.manifest.key[:16]}, plan {plan.key[:16]} (SHA-256).\n"
     )
     caption = "Dialogues in the corpus, and what the plan draws of them over all epochs.\n\n"

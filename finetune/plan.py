@@ -20,15 +20,16 @@ class Work:
     rows: int
     tokens: int
     steps: int
+    cuts: str = ""  # what became of dialogues that are longer than a row
 
     @classmethod
-    def of(cls, rows: int, tokens: int, settings: Settings) -> Work:
+    def of(cls, rows: int, tokens: int, settings: Settings, cuts: str = "") -> Work:
         """That of a pack plan's rows and tokens, cut to `max_steps`."""
         steps = -(-rows // settings.global_batch)
         if settings.max_steps is None or settings.max_steps >= steps:
-            return cls(rows, tokens, steps)
+            return cls(rows, tokens, steps, cuts)
         kept = settings.max_steps * settings.global_batch
-        return cls(kept, round(tokens * kept / rows), settings.max_steps)
+        return cls(kept, round(tokens * kept / rows), settings.max_steps, cuts)
 
     def fill(self, sequence_length: int) -> float:
         return self.tokens / (self.rows * sequence_length) if self.rows else 0.0
@@ -36,10 +37,11 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What it is to run on. `memory` is bytes of one GPU, or of the machine where there are none."""
+    """What it is to run on. `memory` is bytes of one GPU, or of the machine where there are none; None: GPUs that are
+    not here, so that the plan is held against each kind."""
 
     gpus: int  # over all nodes; 0: the processor
-    memory: float
+    memory: float | None
     gpu: Gpu | None = None  # where its kind is known
 
     @property
@@ -59,19 +61,30 @@ class Cost:
     memory: Memory
 
     @property
-    def fits(self) -> bool:
-        return self.memory.peak <= self.gpu.memory
-
-    @property
     def dollars(self) -> tuple[float, float]:
         """On demand, preemptible."""
         return self.hours * self.gpus * self.gpu.on_demand, self.hours * self.gpus * self.gpu.preemptible
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether it fits into `memory` bytes. `remedies` are ways to make it fit, the first one the least change; they are
+    empty when it fits, or nothing tried would do."""
+
+    memory: float
+    fits: bool
+    remedies: tuple[str, ...]
+    kind: str = ""  # of GPUs that are not here
+
+    def lines(self, peak: float) -> list[str]:
+        where = f" on {self.kind}" if self.kind else ""
+        head = f"{'fits' if self.fits else 'DOES NOT FIT'}{where}: {_gb(peak)} of {_gb(self.memory)}"
+        return [head, *(f"  would fit: {remedy}" for remedy in self.remedies)]
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is said before a run. `remedies` are ways to make it fit, the first one the least change; they
-    are empty when it fits, or nothing tried would do."""
+    """Everything that is said before a run. `verdicts`: one of the machine, or one of each kind of GPU."""
 
     numbers: Numbers
     settings: Settings
@@ -80,11 +93,12 @@ class Plan:
     memory: Memory
     flops: float
     costs: tuple[Cost, ...]
-    remedies: tuple[str, ...]
+    verdicts: tuple[Verdict, ...]
 
     @property
-    def fits(self) -> bool:
-        return self.memory.peak <= self.machine.memory
+    def best(self) -> Verdict:
+        """That of the most memory."""
+        return max(self.verdicts, key=lambda verdict: verdict.memory)
 
     def lines(self) -> list[str]:
         """The plan as text for a terminal."""
@@ -103,6 +117,7 @@ class Plan:
         return [
             f"parameters      {self.numbers.parameters:,}{trained}",
             f"tokens          {work.tokens:,} in {rows}, {1 - fill:.1%} padding",
+            *([f"cut             {work.cuts}"] if work.cuts else []),
             f"steps           {work.steps:,} of {settings.global_batch} rows",
             f"work            {self.flops:.3g} FLOP, {work_of(self.numbers, settings) / 1e9:.4g} GFLOP a token",
         ]
@@ -112,9 +127,7 @@ class Plan:
         parts = [f"  {name:<16}{_gb(size):>9}" for name, size in self.memory.parts().items()]
         note = "" if self.memory.accumulates else " (gradients come as activations go: the larger counts)"
         lines = [f"memory of {of}", *parts, f"  {'peak':<16}{_gb(self.memory.peak):>9}{note}"]
-        verdict = "fits" if self.fits else "DOES NOT FIT"
-        lines.append(f"{verdict}: {_gb(self.memory.peak)} of {_gb(self.machine.memory)}")
-        return lines + [f"  would fit: {remedy}" for remedy in self.remedies]
+        return lines + [line for verdict in self.verdicts for line in verdict.lines(self.memory.peak)]
 
     def _cost_lines(self) -> list[str]:
         head = f"time and price at typical rental prices of {PRICES_OF}, per GPU and hour on demand / preemptible"
@@ -132,23 +145,20 @@ class Plan:
         return [f"published       {published}; {ours}"]
 
 
-def plan_run(
-    numbers: Numbers,
-    settings: Settings,
-    work: Work,
-    machine: Machine,
-    *,
-    utilization: float | None = None,
-    price_per_hour: float | None = None,
-) -> Plan:
-    """The plan of a run. `utilization` (MFU) and `price_per_hour` (of one GPU) replace those of the GPU tables."""
+def plan_run(numbers: Numbers, settings: Settings, work: Work, machine: Machine) -> Plan:
+    """The plan of a run."""
     memory = memory_of(numbers, settings, gpus=machine.gpus, device=machine.device)
-    remedies = () if memory.peak <= machine.memory else tuple(_remedies(numbers, settings, machine))
-    kinds = [machine.gpu] if machine.gpu and (utilization or price_per_hour) else GPUS
-    priced = [_priced(gpu, utilization, price_per_hour) for gpu in kinds]
-    costs = tuple(cost_on(gpu, numbers, settings, work, max(machine.gpus, 1)) for gpu in priced)
+    kinds = {"": machine.memory} if machine.memory is not None else {gpu.name: gpu.memory for gpu in GPUS}
+    verdicts = tuple(_verdict(numbers, settings, machine, memory.peak, kind, size) for kind, size in kinds.items())
+    costs = tuple(cost_on(gpu, numbers, settings, work, max(machine.gpus, 1)) for gpu in GPUS)
     flops = work_of(numbers, settings) * work.rows * settings.sequence_length
-    return Plan(numbers, settings, machine, work, memory, flops, costs, remedies)
+    return Plan(numbers, settings, machine, work, memory, flops, costs, verdicts)
+
+
+def _verdict(numbers: Numbers, settings: Settings, machine: Machine, peak: float, kind: str, memory: float) -> Verdict:
+    if peak <= memory:
+        return Verdict(memory, True, (), kind)
+    return Verdict(memory, False, tuple(_remedies(numbers, settings, replace(machine, memory=memory))), kind)
 
 
 def cost_on(gpu: Gpu, numbers: Numbers, settings: Settings, work: Work, gpus: int) -> Cost:
@@ -156,15 +166,6 @@ def cost_on(gpu: Gpu, numbers: Numbers, settings: Settings, work: Work, gpus: in
     speed = tokens_per_second(gpu.peak, gpu.utilization, work_of(numbers, settings)) * gpus / slowdown(settings)
     hours = work.rows * settings.sequence_length / speed / 3600
     return Cost(gpu, gpus, gpu.utilization, speed, hours, memory_of(numbers, settings, gpus=gpus))
-
-
-def _priced(gpu: Gpu, utilization: float | None, price: float | None) -> Gpu:
-    return replace(
-        gpu,
-        utilization=utilization or gpu.utilization,
-        on_demand=price or gpu.on_demand,
-        preemptible=price or gpu.preemptible,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ def _remedies(numbers: Numbers, settings: Settings, machine: Machine) -> Iterato
         for _, change in way:
             choice = change(choice)
         memory = memory_of(numbers, choice.settings, gpus=choice.gpus, device=machine.device)
-        return memory.peak <= machine.memory
+        return memory.peak <= (machine.memory or 0)
 
     cheap: _Way = [
         ("micro_batch=1", _set(micro_batch=1)),
@@ -246,7 +247,8 @@ def _dense(plan: Plan) -> float:
 
 def _cost_line(cost: Cost) -> str:
     on_demand, preemptible = cost.dollars
-    room = "" if cost.fits else f"  (needs {_gb(cost.memory.peak)} each, has {_gb(cost.gpu.memory)})"
+    short = cost.memory.peak > cost.gpu.memory
+    room = f"  (needs {_gb(cost.memory.peak)} each, has {_gb(cost.gpu.memory)})" if short else ""
     return (
         f"  {cost.gpus} x {cost.gpu.name:<5} {cost.utilization:.0%} MFU {cost.tokens_per_second:>9,.0f} tokens/s "
         f"{_hours(cost.hours):>8}  ${_money(on_demand)} / ${_money(preemptible)} "

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from koala_local.disk import lock
 from koala_local.errors import KoalaError
 
 from .data.build import build, choose_recipe, file_hash
-from .data.corpus import open_corpus
-from .data.corpus_format import MANIFEST, Manifest
+from .data.corpus import MANIFEST, Manifest, read_manifest
 from .data.mix import Tell
 from .data.recipe import Recipe
+from .data.tokens import DialogueTokenizer
 
 CORPUS = "corpus"
 
@@ -39,17 +39,27 @@ def has_begun(out: Path) -> bool:
 def locked(out: Path) -> Iterator[None]:
     """The folder, made if need be, for one process at a time: the first one prepares the data, the others find it.
     Raises KoalaError when it cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise KoalaError(f"{str(out)!r} cannot be written: {error.strerror}", "give another folder with -o") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(out / ".lock", wait=True))
+        except OSError as error:
+            what = f"{str(out)!r} cannot be written: {error.strerror}"
+            raise KoalaError(what, "give another folder with -o") from None
         yield
 
 
-def prepare(data: str, out: Path, tokenizer: Path, raw: Path | None, tell: Tell) -> Path:
+@contextmanager
+def training(out: Path) -> Iterator[None]:
+    """The folder for one run at a time: what its first rank holds while it trains. Raises KoalaError where another
+    run goes on in it."""
+    with lock(out / ".running") as alone:
+        if not alone:
+            raise KoalaError(f"another process is training in {str(out)!r}", "wait until it ends, or stop it first")
+        yield
+
+
+def prepare(data: str, out: Path, tokenizer: DialogueTokenizer, raw: Path | None, tell: Tell) -> Path:
     """The folder of the corpus: `data` itself, or one made of it in `out`. Raises KoalaError, also when the one that a
     begun run has was made of something else."""
     if (Path(data) / MANIFEST).is_file():
@@ -57,7 +67,7 @@ def prepare(data: str, out: Path, tokenizer: Path, raw: Path | None, tell: Tell)
     recipe = choose_recipe(data)
     made = out / CORPUS
     if made.exists():
-        changed = _change(open_corpus(made).manifest, recipe)
+        changed = _change(read_manifest(made), recipe)
         if not changed:
             return made
         if has_begun(out):
@@ -69,7 +79,7 @@ def prepare(data: str, out: Path, tokenizer: Path, raw: Path | None, tell: Tell)
 
 def recipe_settings(corpus: Path) -> dict[str, Any]:
     """The settings that a corpus's recipe proposes: its epochs, and the weights of its sources."""
-    recipe = open_corpus(corpus).manifest.recipe
+    recipe = read_manifest(corpus).recipe
     sources = recipe.get("sources")
     rules = sources.items() if isinstance(sources, dict) else ()
     weights = {key: each["weight"] for key, each in rules if isinstance(each, dict) and each.get("weight", 1.0) != 1.0}

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from koala_local.errors import KoalaError
 
 from .checkpoint import Checkpoints, Saved, load
-from .data.batch import Batch
+from .data.packing import Batch
 from .dropout import random_state
 from .launch import Rank
 from .model import Trainee, inputs_of

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,6 +33,7 @@ from .launch import MEETING_FILE, Rank, current_rank
 from .live_views import TrainingView
 from .model import base_config, build, compute_dtype, shape_config
 from .optimizer import build_optimizer
+from .prepare import training
 from .run_log import RunLog
 from .settings import Settings, as_tree, differences, settings_from
 from .throughput import Numbers, known_gpu, utilization, work_of
@@ -40,14 +41,17 @@ from .train import Run, Step, restore, train
 from .weights import fingerprint
 
 CHECKPOINTS = "checkpoints"
-_EVALUATED = 256  # held-out dialogues of each source
 _SHOWN = 12  # dialogues that a message names
 
 
 def work(job: Job) -> int:
     """Train and export; the exit status: 0, or 128 and the number of the signal that stopped it. Raises KoalaError."""
     try:
-        with _joined(job) as (rank, device), _stops() as received:
+        with (
+            _joined(job) as (rank, device),
+            _stops() as received,
+            training(job.out) if rank.first else nullcontext(),
+        ):
             return _work(job, rank, device, received)
     except torch.OutOfMemoryError as error:
         what = f"the GPU's memory is full: {str(error).splitlines()[0]}"
@@ -56,7 +60,7 @@ def work(job: Job) -> int:
 
 def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> int:
     settings = job.settings
-    tokenizer = DialogueTokenizer(job.tokenizer)
+    tokenizer = job.tokenizer
     corpus = open_corpus(job.corpus, tokenizer.key)
     plan = make_plan(
         corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
@@ -86,7 +90,7 @@ def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> in
         stop = train(run)
     if stop:
         return 128 + stop
-    finish(job, run, plan, tokenizer)
+    finish(job, run, plan)
     return 0
 
 
@@ -132,7 +136,7 @@ def _origin(plan: PackPlan, rows: Sequence[int] | NDArray[np.int64]) -> str:
 def _evaluator(
     run: Run, corpus: Corpus, tokenizer: DialogueTokenizer, log: RunLog | None, view: TrainingView | None
 ) -> Callable[[int], None]:
-    plans = held_out(corpus, run.settings.sequence_length, most=_EVALUATED)
+    plans = held_out(corpus, run.settings.sequence_length)
 
     def look(step: int) -> None:
         found = evaluate(

@@ -7,7 +7,6 @@ however hard, goes on with the stages that it left there.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections import Counter
@@ -19,14 +18,15 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from koala_local.disk import lock
 from koala_local.errors import KoalaError
 
-from .contamination import TestQuery
-from .corpus import Corpus, open_corpus, write_corpus
+from .contamination import TestQuery, find_sets, read_set
+from .corpus import Corpus, open_corpus
+from .corpus_writer import write_corpus
 from .download import fetch, find_raw
-from .evaluation_sets import find_sets, read_set
+from .examples import read_examples, write_tree
 from .mix import Stage, Tally, Tell, make_stage, stage_name, write_mix
-from .mix_file import read_examples, write_tree
 from .recipe import Recipe, SourceRules, own_recipe, read_recipe
 from .report import source_report, whole_report
 from .sources import OWN, SOURCES, Source, read_source
@@ -74,7 +74,7 @@ def choose_recipe(what: str) -> Recipe:
 def build(
     recipe: Recipe,
     out: Path,
-    tokenizer_path: Path,
+    tokenizer: DialogueTokenizer,
     *,
     raw: Path | None = None,
     test_sets: Sequence[Path] = (),
@@ -84,9 +84,8 @@ def build(
 ) -> dict[str, Any]:
     """Make the corpus of the recipe in the folder `out` and return its report. `raw`: where the raw files are; None
     downloads them.
-    Raises BuildError, and what reading the raw files, the test sets and the tokenizer raises."""
+    Raises BuildError, and what reading the raw files and the test sets raises."""
     _refuse_existing(out, force)
-    tokenizer = DialogueTokenizer(tokenizer_path)
     tests = _read_tests(sorted({*test_sets, *(find_sets(raw) if raw else ())}))
     sources = {key: _source(key, rules) for key, rules in recipe.sources.items()}
     with _unfinished(out) as folder, workers(processes or usable_cores()) as work:
@@ -111,8 +110,8 @@ def build(
             work=work,
             progress=lambda documents, tokens: tell("tokens", tokens, None),
         )
-        report = _report(recipe, sources, inputs, tests, tallies, open_corpus(made), tokenizer_path)
-        _copy_tokenizer(tokenizer_path, made / TOKENIZER)
+        report = _report(recipe, sources, inputs, tests, tallies, open_corpus(made), tokenizer.path)
+        _copy_tokenizer(tokenizer.path, made / TOKENIZER)
         write_tree(made / REPORT, report)
         _publish(made, out)
     return report
@@ -218,11 +217,9 @@ def _unfinished(out: Path) -> Iterator[Path]:
         (folder / "stages").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BuildError(f"{str(folder)!r} cannot be made: {error.strerror}", "name another place with -o") from None
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BuildError(f"another build of {str(out)!r} is running", "wait until it ends") from None
+    with lock(folder / "lock") as alone:
+        if not alone:
+            raise BuildError(f"another build of {str(out)!r} is running", "wait until it ends")
         _recover(out)
         for torn in (folder / "stages").glob(".*"):  # of builds that were killed
             torn.unlink()

@@ -11,19 +11,9 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
-from .example import Content
-
 SHORTEST = 40  # letters; less text says too little of its language
 HEAD = 1000  # characters from the start that are looked at
 LEAST = 0.2  # of P(English) + P(no language), the latter for such as tables
-
-
-def texts(content: Content) -> list[str]:
-    """Everything that is said in the dialogue, in order; or the plain text."""
-    if isinstance(content, str):
-        return [content]
-    said = [text for turn in content.turns for text in (turn.user, turn.reply or "")]
-    return [content.system, *said] if content.system else said
 
 
 def has_keyword(spoken: Iterable[str], keywords: Sequence[str]) -> bool:

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from koala_local import console
 from koala_local.errors import KoalaError
-
-if TYPE_CHECKING:
-    from .mix import Tell
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -61,12 +54,14 @@ def build(
     _need_extra()
     from .build import build as make
     from .build import choose_recipe
+    from .tokens import DialogueTokenizer
+    from .views import telling
 
-    with _telling() as tell:
+    with telling() as tell:
         report = make(
             choose_recipe(recipe),
             output,
-            tokenizer,
+            DialogueTokenizer(tokenizer),
             raw=raw,
             test_sets=test_sets,
             processes=workers,
@@ -134,7 +129,7 @@ def report(corpus: Path, as_json: bool, no_plots: bool) -> None:
     else:
         _show_report(found)
     if not no_plots:
-        from .report_plots import write_plots
+        from .report import write_plots
 
         console.note(f"pictures: {', '.join(str(path) for path in write_plots(found, corpus))}")
 
@@ -154,20 +149,3 @@ def _need_extra() -> None:
     if missing := [name for name in needed if find_spec(name) is None]:
         what = f"this command needs {', '.join(missing)}, not installed yet"
         raise KoalaError(what, "run `make finetune`, or install koala-local[finetune]")
-
-
-@contextmanager
-def _telling() -> Iterator[Tell]:
-    """A bar for each part of the work."""
-    with console.progress("building") as step:
-        part, started, before = "", 0.0, 0
-
-        def tell(what: str, done: int, total: int | None) -> None:
-            nonlocal part, started, before
-            if what != part:
-                part, started, before = what, time.monotonic(), done
-            passed = time.monotonic() - started
-            rate = f", {(done - before) / passed:,.0f} a second" if passed > 1 else ""
-            step(done, total, f"{what}{rate}")
-
-        yield tell

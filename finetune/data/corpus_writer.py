@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from koala_local.disk import sync
 
-from .corpus_format import (
+from .corpus import (
     FILES,
     MANIFEST,
     MOST_SOURCES,
@@ -28,7 +28,7 @@ from .corpus_format import (
     parse_manifest,
     token_type,
 )
-from .example import Example
+from .examples import Example
 from .tokens import DialogueTokenizer
 from .workers import Workers, batches
 

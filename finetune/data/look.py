@@ -16,7 +16,7 @@ from koala_local.models.json_file import read_object
 
 from .build import MIX, REPORT, TOKENIZER
 from .corpus import Corpus, open_corpus
-from .mix_file import from_line, read_lines
+from .examples import from_line, read_lines
 from .tokens import DialogueTokenizer
 
 

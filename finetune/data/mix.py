@@ -21,11 +21,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .cleaning import has_keyword, is_english, texts
+from .cleaning import has_keyword, is_english
 from .contamination import Match, TestQuery, TestSets
 from .duplicates import Fingerprint, Seen, fingerprint
-from .example import Example
-from .mix_file import from_line, hold_out, read_lines, to_line, write_lines, write_tree
+from .examples import Example, from_line, hold_out, read_lines, texts, to_line, write_lines, write_tree
 from .recipe import SourceRules
 from .sources import Skipped
 from .workers import Workers, batches
@@ -246,6 +245,6 @@ def _group(example: Example, duplicates: str) -> tuple[str, int, Fingerprint | N
 def _code_version() -> str:
     """A hash of what decides a stage: the modules of the sources and of the first pass."""
     here = Path(__file__).parent
-    names = ("mix.py", "mix_file.py", "cleaning.py", "contamination.py", "raw_files.py")
+    names = ("mix.py", "examples.py", "cleaning.py", "contamination.py", "raw_files.py")
     paths = [*(here / name for name in names), *sorted((here / "sources").glob("*.*"))]
     return sha256(b"".join(path.name.encode() + path.read_bytes() for path in paths)).hexdigest()

@@ -16,8 +16,7 @@ from random import Random
 
 from koala_local.errors import KoalaError
 
-from .cleaning import texts
-from .example import Example
+from .examples import Example, texts
 from .sources import OWN, read_source
 
 _CONFIG = {

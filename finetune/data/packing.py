@@ -1,4 +1,5 @@
-"""The pack plan: which documents share a row, for all epochs, decided before anything is given to a rank.
+"""The pack plan: which documents share a row, for all epochs, decided before anything is given to a rank; and the
+batches that a training step eats.
 
 Best-fit decreasing: the longest piece first, each into the row that it leaves the least room in. The plan is a function
 of the corpus, the sequence length, the epochs, the seed and the weights; step k is a function of the plan alone. So all
@@ -20,7 +21,6 @@ from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError
 
-from .batch import Batch
 from .corpus import Corpus
 from .pieces import Pieces, cut
 
@@ -32,6 +32,22 @@ _DRAW, _MIX, _ORDER = range(3)  # what a random generator is for
 
 class PackingError(KoalaError):
     """A plan that cannot be made, or has no such step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of `length` tokens; all arrays are (rows, length). The place behind the last document is padding."""
+
+    ids: NDArray[np.int64]  # token ids; 0 in padding
+    targets: NDArray[np.int64]  # the token that follows in the same document; 0 where the weight is 0
+    weights: NDArray[np.float32]  # of each target; 0: not trained. A step's loss is sum(weight x loss) / sum(weight)
+    positions: NDArray[np.int64]  # counted from each document's first token
+    documents: NDArray[np.int32]  # number of the document within its row, from 0; padding is -1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are no padding."""
+        return int((self.documents >= 0).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +83,19 @@ class PackPlan:
     def fill(self) -> float:
         """The share of the rows' places that is no padding."""
         return self.tokens / (self.rows * self.sequence_length) if self.rows else 0.0
+
+    @property
+    def cuts(self) -> str:
+        """What became of dialogues that are longer than a row; empty where there is none."""
+        pieces = self.pieces
+        if not pieces.split_documents:
+            return ""
+        told = [f"{pieces.split_documents:,} dialogues longer than a row, between turns"]
+        if pieces.windowed_turns:
+            told.append(f"{pieces.windowed_turns:,} turns longer than a row, in windows")
+        if pieces.cut_headers:
+            told.append(f"{pieces.cut_headers:,} without their long system text in every part")
+        return "; ".join([*told, f"{self.context_tokens:,} tokens repeated as context"])
 
     def steps(self, global_batch: int) -> int:
         """Steps of `global_batch` rows; the last one may have fewer."""
@@ -134,12 +163,12 @@ def make_plan(
     return _plan(corpus, sequence_length, pieces, packed)
 
 
-def held_out_rows(corpus: Corpus, source: str, sequence_length: int, *, most: int | None = None) -> PackPlan:
-    """The plan of a source's held-out documents, each once; of the first `most` where given. It may have no row.
+def held_out_rows(corpus: Corpus, source: str, sequence_length: int) -> PackPlan:
+    """The plan of a source's held-out documents, each once. It may have no row.
     Raises PackingError when there is no such source."""
     _check(corpus, sequence_length, 1.0, {source: 1.0})
     of_source = corpus.sources == corpus.source_names.index(source)
-    documents = np.flatnonzero(of_source & corpus.held_out)[:most]
+    documents = np.flatnonzero(of_source & corpus.held_out)
     pieces = cut(corpus, documents, sequence_length)
     return _plan(corpus, sequence_length, pieces, [_pack(pieces, documents, sequence_length, (0, 0))])
 

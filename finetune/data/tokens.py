@@ -24,7 +24,7 @@ from koala_local.engine.plain_text import PlainText
 from koala_local.errors import KoalaError
 from koala_local.models.json_file import read_optional
 
-from .example import Content
+from .examples import Content
 
 _MOST_TOKENS = 280_000  # of any vocabulary; the largest have 262 145
 _SUFFIXES = {".model": "tokenizer.model", ".json": "tokenizer.json"}

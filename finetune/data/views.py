@@ -1,15 +1,19 @@
-"""What `koala data` shows: the table of a report, and an example as the model is trained on it."""
+"""What `koala data` shows: the progress of a build, the table of a report, an example as the model is trained on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .mix import REASONS
+from koala_local import console
+
+from .mix import REASONS, Tell
 
 SHOWN = 3  # rows of each source and kind
 _LABELS = {
@@ -102,3 +106,20 @@ def dialogue_view(runs: Sequence[tuple[str, bool]], *, coloured: bool) -> Text:
         else:
             text.append(f"⟦{said}⟧" if trained else said)
     return text
+
+
+@contextmanager
+def telling() -> Iterator[Tell]:
+    """A bar for each part of the work."""
+    with console.progress("building") as step:
+        part, started, before = "", 0.0, 0
+
+        def tell(what: str, done: int, total: int | None) -> None:
+            nonlocal part, started, before
+            if what != part:
+                part, started, before = what, time.monotonic(), done
+            passed = time.monotonic() - started
+            rate = f", {(done - before) / passed:,.0f} a second" if passed > 1 else ""
+            step(done, total, f"{what}{rate}")
+
+        yield tell

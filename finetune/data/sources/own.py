@@ -16,7 +16,7 @@ from typing import Any
 
 from koala_local.dialogue import Dialogue, Turn
 
-from ..example import Content
+from ..examples import Content
 from . import alpaca, hh, sharegpt
 from .fields import Message, Role, has_keys, items, paired, text
 from .source import BadRow, Source

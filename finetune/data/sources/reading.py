@@ -10,8 +10,7 @@ from typing import Any
 
 from koala_local.dialogue import Dialogue
 
-from ..cleaning import texts
-from ..example import Content, Example
+from ..examples import Content, Example, texts
 from ..raw_files import RawFileError, Row, Skipped, rows, unpacked_name
 from .source import BadRow, Source, WrongSchema
 

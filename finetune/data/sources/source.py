@@ -9,7 +9,7 @@ from typing import Any
 
 from koala_local.errors import KoalaError
 
-from ..example import Content
+from ..examples import Content
 
 
 class BadRow(Exception):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.dropout import random_state
 from koala_local.finetune.model import Trainee, base_config, build, inputs_of, shape_config
 from koala_local.finetune.optimizer import build_optimizer, clip_gradients, learning_rate, set_learning_rate

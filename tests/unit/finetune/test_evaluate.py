@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.data.tokens import DialogueTokenizer
 from koala_local.finetune.evaluate import Evaluation, HeldOutLoss, evaluate
 from koala_local.finetune.launch import Rank

@@ -52,7 +52,7 @@ def written(model: Trainee, out: Path, tokenizer: Path, **options: Any) -> Any:
 
 def logits_of(model: Trainee, ids: list[int]) -> torch.Tensor:
     import numpy as np
-    from koala_local.finetune.data.batch import Batch
+    from koala_local.finetune.data.packing import Batch
     from koala_local.finetune.model import inputs_of
 
     shape = (1, len(ids))

@@ -13,6 +13,8 @@ import click
 import pytest
 import torch
 from koala_local.finetune.command import finetune
+from koala_local.finetune.data.tokens import DialogueTokenizer
+from koala_local.finetune.prepare import training
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -110,7 +112,44 @@ def test_more_gpus_than_there_are(tmp_path: Path, data: Path, tokenizer: Path, m
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4090")
     error = fails("--data", data, "--tokenizer", tokenizer, "-o", tmp_path / "run", "--gpus", "8", *SHAPE, *SETTINGS)
     assert "--gpus 8" in error.message and "1 (NVIDIA GeForce RTX 4090)" in error.message
+    assert "--plan" in error.hint
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_needs_none_of_its_gpus(
+    tmp_path: Path, data: Path, tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = ("--data", data, "--tokenizer", tokenizer, "-o", tmp_path / "run", *SHAPE, *SETTINGS, "--plan")
+    assert run(*new, "--gpus", "1024", "--nodes", "2") == 0
+    said = capsys.readouterr().out
+    assert "each of 2048 GPUs" in said and "2048 x A100" in said
+    assert all(f"fits on {kind}: " in said for kind in ("A100", "H100", "4090"))
+
+
+def test_two_runs_in_one_folder(tmp_path: Path, data: Path, tokenizer: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    new = ("--data", data, "--tokenizer", tokenizer, "-o", out, "--gpus", "0", *SHAPE, *SETTINGS, "max_steps=1")
+    with training(out):
+        error = fails(*new, "--resume")
+    assert "another process is training" in error.message and error.hint
+    assert not (out / "log.jsonl").exists()
+    assert run(*new, "--resume") == 0
+
+
+def test_a_tokenizer_is_read_once(tmp_path: Path, data: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    before = DialogueTokenizer.__init__
+
+    def counted(self: DialogueTokenizer, path: Path, *more: Any) -> None:
+        read.append(path)
+        before(self, path, *more)
+
+    monkeypatch.setattr(DialogueTokenizer, "__init__", counted)
+    corpus = ("--data", data, "--tokenizer", tokenizer, "--gpus", "0", "-o", tmp_path / "run")
+    monkeypatch.setattr("koala_local.finetune.data.build.usable_cores", lambda: 1)
+    assert run(*corpus, *SHAPE, *SETTINGS, "max_steps=1") == 0
+    assert read == [tokenizer]
 
 
 def test_a_base_without_a_tokenizer(tmp_path: Path, data: Path) -> None:
@@ -130,7 +169,7 @@ def test_a_corpus_of_another_tokenizer(tmp_path: Path, data: Path, tokenizer: Pa
     from koala_local.finetune.data.build import build, choose_recipe
 
     other = make_tokenizer(tmp_path / "other", size=340)
-    build(choose_recipe(str(data)), tmp_path / "corpus", other)
+    build(choose_recipe(str(data)), tmp_path / "corpus", DialogueTokenizer(other))
     new = ("--data", tmp_path / "corpus", "--tokenizer", tokenizer, "-o", tmp_path / "run", "--gpus", "0")
     assert "another tokenizer" in fails(*new, *SHAPE, *SETTINGS).message
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.model import Trainee, base_config, build, inputs_of
 from koala_local.finetune.settings import LoraSettings, Settings
 from safetensors.torch import load_file, save_file

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from koala_local.finetune.data.corpus_format import Counts, Manifest
+from koala_local.finetune.data.corpus import Counts, Manifest
 from koala_local.finetune.data.packing import Share
+from koala_local.finetune.finish import licence_of
 from koala_local.finetune.model_card import Training, model_card
 from koala_local.finetune.settings import LoraSettings, Settings
+from koala_local.finetune.throughput import Numbers
 
 STEPS = [
     {"step": n, "loss": 4.0 - n / 10, "tokens": 1000, "tokens_per_s": 500.0, "learning_rate": 1e-3, "grad_norm": 1.0}
@@ -33,13 +36,20 @@ def run(**changes: Any) -> Training:
     manifest = Manifest("key", 100, "koala", {}, {"name": "koala-distill"}, counts, {}, "ab" * 32)
     shares = {"hc3": Share(2376, 68_000, 40_000), "mine": Share(10, 800, 200)}
     plan: Any = SimpleNamespace(
-        sources=shares, rows=35, fill=0.98, tokens=68_800, trained_tokens=40_200, sequence_length=2048, key="cd" * 32
+        sources=shares,
+        rows=35,
+        fill=0.98,
+        tokens=68_800,
+        trained_tokens=40_200,
+        sequence_length=2048,
+        key="cd" * 32,
+        cuts="3 dialogues longer than a row, between turns",
     )
     told: dict[str, Any] = {
         "name": "my-koala",
         "base": "llama-7b",
         "base_licence": None,
-        "parameters": 6_738_415_616,
+        "numbers": Numbers(32_000, 4096, 11_008, 32, 32, 32, 128),
         "settings": Settings(learning_rate=3e-5),
         "manifest": manifest,
         "plan": plan,
@@ -58,7 +68,7 @@ def test_it_tells_the_data_the_settings_and_what_was_measured() -> None:
         "| hc3 | 1,200 | 12 | 2,376 | 68,000 | 40,000 | cc-by-sa-4.0 |",
         "| mine | 5 | 0 | 10 | 800 | 200 | the user's own; not known here |",
         "Recipe `koala-distill`",
-        "35 rows of 2,048 tokens, 98.0% full; 68,800 tokens, 40,200 of them",
+        "35 rows of 2,048 tokens, 98.0% full; 68,800 tokens, 40,200 of them trained on. Cut: 3 dialogues",
         '"learning_rate": 3e-05',
         "20 steps, 20,000 tokens, on 1 processor rank; 0.7 min in steps",
         "3.4500 over the first 10 steps, 2.4500 over the last 10",
@@ -91,8 +101,15 @@ def test_what_was_not_measured_is_not_claimed() -> None:
     ("changes", "said"),
     [
         ({"base": None}, "A LLaMA trained from scratch on dialogues"),
-        ({"settings": Settings(lora=LoraSettings(rank=8))}, "by LoRA (rank 8, alpha 16), merged into"),
-        ({"settings": Settings(lora=LoraSettings(four_bit=True))}, "by QLoRA"),
+        (
+            {"settings": Settings(lora=LoraSettings(rank=8))},
+            "by LoRA of rank 8 and alpha 16 on every linear",
+        ),
+        (
+            {"settings": Settings(lora=LoraSettings(four_bit=True))},
+            "by QLoRA, over weights of 4 bits (NF4)",
+        ),
+        ({"settings": Settings(lora=LoraSettings(rank=8))}, "layer of the blocks: 19,988,480 weights were trained"),
         ({"base": "owner/model"}, "\nbase_model: owner/model\n"),
         ({"base_licence": "apache-2.0"}, "- Base llama-7b: apache-2.0."),
         ({"gpu": "NVIDIA A100", "ranks": 8}, "on 8 x NVIDIA A100"),
@@ -105,3 +122,21 @@ def test_it_tells_how_it_was_made(changes: dict[str, Any], said: str) -> None:
 def test_an_infinite_perplexity_is_a_dash() -> None:
     broken = {**EVALUATIONS[1], "perplexity": {"hc3": None}}
     assert "| hc3 | 40.000 | - | 900 |" in model_card(replace(run(), log=[*STEPS, EVALUATIONS[0], broken]))
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: mit\n---\n# A base", "mit, by its own card"),
+        ("---\nlicense: other\nlicense_name: llama2\n---\n", "llama2, by its own card"),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\nlicense: 'mit\n---\n", None),
+        ("---\n- license\n---\n", None),
+        ("# license: mit", None),
+        ("---\nlicense: " + "[" * 100_000 + "\n---\n", None),
+    ],
+)
+def test_the_licence_of_the_base_is_what_its_card_names(tmp_path: Path, card: str, licence: str | None) -> None:
+    assert licence_of(tmp_path) is None
+    (tmp_path / "README.md").write_text(card)
+    assert licence_of(tmp_path) == licence

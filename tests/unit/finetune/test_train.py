@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from koala_local.finetune.checkpoint import complete, latest
-from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.settings import LoraSettings, Settings
 from koala_local.finetune.train import TrainingError, restore, rows_of_rank, train
 from numpy.typing import NDArray

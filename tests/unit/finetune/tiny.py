@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.model import Trainee, build, inputs_of, shape_config
 from koala_local.finetune.settings import ModelShape, Settings
 from torch import Tensor

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from koala_local.finetune.checkpoint import Checkpoints
-from koala_local.finetune.data.batch import Batch
+from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.launch import Rank
 from koala_local.finetune.model import build, shape_config
 from koala_local.finetune.optimizer import build_optimizer

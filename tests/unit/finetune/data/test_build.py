@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from koala_local.finetune.data.build import BuildError, build, choose_recipe
+from koala_local.finetune.data.contamination import find_sets, read_set
 from koala_local.finetune.data.corpus import open_corpus
-from koala_local.finetune.data.evaluation_sets import find_sets, read_set
-from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.examples import Example, read_examples
 from koala_local.finetune.data.look import look
 from koala_local.finetune.data.mix import choose_held_out
-from koala_local.finetune.data.mix_file import read_examples
 from koala_local.finetune.data.packing import make_plan
 from koala_local.finetune.data.tokens import DialogueTokenizer
 
@@ -46,7 +45,7 @@ def built(raw: Path) -> Path:
 
 def make(raw: Path, out: Path, **options: Any) -> dict[str, Any]:
     recipe = choose_recipe(str(raw / "mine.toml"))
-    return build(recipe, out, raw / "tokenizer.model", raw=raw, **{"processes": 1, **options})
+    return build(recipe, out, DialogueTokenizer(raw / "tokenizer.model"), raw=raw, **{"processes": 1, **options})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -148,8 +147,10 @@ def test_killed_at_any_moment(raw: Path, built: Path, tmp_path: Path) -> None:
     out, random = tmp_path / "out", Random(1)
     code = (
         "import sys; from pathlib import Path; from koala_local.finetune.data.build import build, choose_recipe\n"
+        "from koala_local.finetune.data.tokens import DialogueTokenizer\n"
         "raw = Path(sys.argv[1]); print('.', end='', flush=True)\n"
-        "build(choose_recipe(str(raw / 'mine.toml')), Path(sys.argv[2]), raw / 'tokenizer.model', raw=raw, processes=1)"
+        "tokenizer = DialogueTokenizer(raw / 'tokenizer.model')\n"
+        "build(choose_recipe(str(raw / 'mine.toml')), Path(sys.argv[2]), tokenizer, raw=raw, processes=1)"
     )
     kills = 0
     for _ in range(4):
@@ -184,8 +185,9 @@ def test_an_existing_folder(raw: Path, built: Path, tmp_path: Path) -> None:
 
 def test_a_replacement_that_was_cut_short_keeps_the_old_one(raw: Path, built: Path, tmp_path: Path) -> None:
     shutil.copytree(built, tmp_path / ".out.replaced")  # killed between the two renames
+    tokenizer = DialogueTokenizer(raw / "tokenizer.model")
     with pytest.raises(KoalaError):
-        build(choose_recipe("koala-distill"), tmp_path / "out", raw / "tokenizer.model", raw=tmp_path / "no")
+        build(choose_recipe("koala-distill"), tmp_path / "out", tokenizer, raw=tmp_path / "no")
     assert content(tmp_path / "out") == content(built)
 
 
@@ -212,10 +214,10 @@ def test_a_file_of_ones_own(raw: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text(json.dumps([conversation("Who are you?", "ChatGPT, by OpenAI"), conversation(STORY, "a"),
                                 conversation(STORY, "b"), conversation(TESTED, "c")]))  # fmt: skip
-    report = build(choose_recipe(str(mine)), tmp_path / "a", raw / "tokenizer.model")
+    report = build(choose_recipe(str(mine)), tmp_path / "a", DialogueTokenizer(raw / "tokenizer.model"))
     assert report["total"]["kept"] == 4 and not report["decontaminated"]
     sets = [raw / "eval" / "koala_test_set.jsonl"]
-    report = build(choose_recipe(str(mine)), tmp_path / "b", raw / "tokenizer.model", test_sets=sets)
+    report = build(choose_recipe(str(mine)), tmp_path / "b", DialogueTokenizer(raw / "tokenizer.model"), test_sets=sets)
     assert report["total"]["kept"] == 3 and report["decontaminated"]
 
 
@@ -242,7 +244,7 @@ def plain(raw: Path) -> Path:
     (folder / "asked.jsonl").write_text(json.dumps(conversation(STORY, "A fox.")) + "\n")
     (folder / "plain.toml").write_text(PLAIN_RECIPE)
     recipe = choose_recipe(str(folder / "plain.toml"))
-    build(recipe, folder / "out", raw / "tokenizer.model", raw=raw, processes=1)
+    build(recipe, folder / "out", DialogueTokenizer(raw / "tokenizer.model"), raw=raw, processes=1)
     return folder / "out"
 
 
@@ -303,7 +305,7 @@ def test_nothing_left_is_an_error(raw: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     with pytest.raises(BuildError) as caught:
-        build(choose_recipe(str(mine)), tmp_path / "out", raw / "tokenizer.model")
+        build(choose_recipe(str(mine)), tmp_path / "out", DialogueTokenizer(raw / "tokenizer.model"))
     assert "no user message with a reply: 1" in caught.value.hint
     assert not (tmp_path / "out").exists()
 
@@ -317,6 +319,6 @@ def test_the_known_leak_of_the_real_data_is_caught(tmp_path: Path) -> None:
     assert len([query for path in find_sets(raw) for query in read_set(path)]) == 432
     (tmp_path / "one.toml").write_text("[sources.sharegpt]\n")
     tokenizer = real / "models" / "llama_tokenizer.model"
-    report = build(choose_recipe(str(tmp_path / "one.toml")), tmp_path / "out", tokenizer, raw=raw)
+    report = build(choose_recipe(str(tmp_path / "one.toml")), tmp_path / "out", DialogueTokenizer(tokenizer), raw=raw)
     leaks = [found for found in report["sources"]["sharegpt"]["contaminated"] if found["bleu"] == 1]
     assert [found["query"] for found in leaks] == ["Why is it a bad idea to give a mouse a cookie?"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from koala_local.finetune.data.cleaning import english_probability, has_keyword, is_english, texts
+from koala_local.finetune.data.cleaning import english_probability, has_keyword, is_english
+from koala_local.finetune.data.examples import texts
 
 from koala_local.dialogue import Dialogue, Turn
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from koala_local.finetune.data.corpus import Corpus, CorpusError, Counts, open_corpus, write_corpus
-from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.corpus import Corpus, CorpusError, Counts, open_corpus
+from koala_local.finetune.data.corpus_writer import write_corpus
+from koala_local.finetune.data.examples import Example
 from koala_local.finetune.data.tokens import DialogueTokenizer
 from koala_local.finetune.data.workers import workers
 

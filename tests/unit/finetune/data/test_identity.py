@@ -6,7 +6,7 @@ import re
 
 import pytest
 from koala_local.finetune.data.download import packaged
-from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.examples import Example
 from koala_local.finetune.data.sources import IDENTITY, read_source
 
 from koala_local.dialogue import Dialogue

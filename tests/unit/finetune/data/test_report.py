@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.examples import Example, from_line, hold_out, is_held_out, to_line
 from koala_local.finetune.data.mix import LISTED, Tally
-from koala_local.finetune.data.mix_file import from_line, hold_out, is_held_out, to_line
 from koala_local.finetune.data.raw_files import Skipped
 from koala_local.finetune.data.recipe import Recipe, SourceRules
-from koala_local.finetune.data.report import EDGES, length_report, source_report, whole_report
-from koala_local.finetune.data.report_plots import write_plots
+from koala_local.finetune.data.report import EDGES, length_report, source_report, whole_report, write_plots
 from koala_local.finetune.data.sources import SOURCES
 from koala_local.finetune.data.views import dialogue_view, report_view
 

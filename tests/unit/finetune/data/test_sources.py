@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from koala_local.finetune.data.example import Example
+from koala_local.finetune.data.examples import Example
 from koala_local.finetune.data.raw_files import rows
 from koala_local.finetune.data.sources import (
     OWN,

@@ -1,4 +1,4 @@
-"""The mix as a file that people read and the corpus is made from: one JSON object a line.
+"""Training examples, and the file of them that people read and the corpus is made from: one JSON object a line.
 
     {"source": "hh", "row": "train.jsonl:3", "system": "..", "turns": [{"user": "..", "reply": "..", "helpful": false}]}
     {"source": "mine", "row": "mine.jsonl:3", "text": ".."}
@@ -13,14 +13,33 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from koala_local.dialogue import Dialogue, Turn
 
-from .example import Example
-
 _HELD_OUT = ', "held_out": true}'
+
+Content = Dialogue | str  # a str is a plain text: nobody says it, and every token of it is trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A dialogue whose every turn has a reply, or a plain text. `source` is the key of its source ("sharegpt"); `row`
+    names the raw row in words a person can find it by ("all.jsonl:17")."""
+
+    content: Content
+    source: str
+    row: str
+
+
+def texts(content: Content) -> list[str]:
+    """Everything that is said in the dialogue, in order; or the plain text."""
+    if isinstance(content, str):
+        return [content]
+    said = [text for turn in content.turns for text in (turn.user, turn.reply or "")]
+    return [content.system, *said] if content.system else said
 
 
 def to_line(example: Example) -> str:

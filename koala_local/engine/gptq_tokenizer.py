@@ -23,13 +23,16 @@ _GUARD = "\x01"  # a control character merges with nothing: what follows it is t
 _NORMAL, _CONTROL, _USER_DEFINED, _UNKNOWN, _BYTE_TOKEN, _UNUSED = range(6)
 _TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>")
 _LONGEST_FILE = 128 << 20
+_MOST_TOKENS = 280_000  # of any vocabulary; the largest have 262 145
+_CROSSING = re.compile(r"[^ \n][ \n]")
+_CHANGED = "a\ufb01\u2460  e\u0301\x1c \n b \n"  # by every normalizer that sentencepiece has
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What a model's configuration says of its vocabulary: its size, and ids that the tokenizer may overrule."""
 
-    vocabulary: int
+    vocabulary: int | None  # None: as many tokens as the tokenizer has
     bos: int | None
     eos: tuple[int, ...]
 
@@ -42,22 +45,25 @@ class _Token:
 
 
 class GptqTokenizer:
-    """A tokenizer and its vocabulary of `size` tokens, as many as the model has rows."""
+    """A tokenizer and its vocabulary of `size` tokens, as many as the model has rows. `apart`: a text may be cut in
+    front of spaces and line ends, and its parts tokenized one by one."""
 
     def __init__(self, folder: Path, expected: Expected) -> None:
         """Raises ModelFileError when there is no tokenizer, or one of another model."""
         if (folder / "tokenizer.model").is_file():
-            self._encode, tokens, special = _sentencepiece(folder / "tokenizer.model")
+            self._encode, tokens, special, self.apart = _sentencepiece(folder / "tokenizer.model")
         elif (folder / "tokenizer.json").is_file():
-            self._encode, tokens, special = _tokenizer_json(folder / "tokenizer.json")
+            self._encode, tokens, special, self.apart = _tokenizer_json(folder / "tokenizer.json")
         else:
             raise ModelFileError(f"{str(folder)!r} has no tokenizer.model and no tokenizer.json", "download them")
         _add_tokens(folder, tokens)
-        tokens = {id_: token for id_, token in tokens.items() if id_ < expected.vocabulary}
-        self.pieces = [tokens[id_].piece if id_ in tokens else b"" for id_ in range(expected.vocabulary)]
+        most = _MOST_TOKENS if expected.vocabulary is None else expected.vocabulary
+        tokens = {id_: token for id_, token in tokens.items() if id_ < most}
+        size = 1 + max(tokens, default=0) if expected.vocabulary is None else expected.vocabulary
+        self.pieces = [tokens[id_].piece if id_ in tokens else b"" for id_ in range(size)]
         first = self._encode("x")
         adds_space = bool(first) and self.pieces[first[0]].startswith(b" ")
-        self.vocabulary = _vocabulary(folder, expected, tokens, special, adds_space)
+        self.vocabulary = _vocabulary(folder, size, expected, tokens, special, adds_space)
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
         """As `Engine.tokenize`."""
@@ -68,11 +74,13 @@ class GptqTokenizer:
         return self._encode(text)
 
 
-_Read = tuple[Callable[[str], list[int]], dict[int, _Token], dict[str, int]]
+_Read = tuple[Callable[[str], list[int]], dict[int, _Token], dict[str, int], bool]
 
 
 def _sentencepiece(path: Path) -> _Read:
-    """The encoder, the tokens, and the ids that the file itself gives to bos, eos and unk."""
+    """The encoder, the tokens, the ids that the file itself gives to bos, eos and unk, and whether words may be
+    tokenized apart: a byte-pair encoding (its scores are ranks) of text as it is, every byte of it, where no token
+    crosses from one word into the space behind it."""
     import sentencepiece
 
     try:
@@ -99,7 +107,12 @@ def _sentencepiece(path: Path) -> _Read:
         found: list[int] = model.encode(text)
         return found
 
-    return encode, tokens, {key: id_ for key, id_ in special.items() if id_ >= 0}
+    ranks = all(model.get_score(id_).is_integer() for id_ in range(size))
+    as_it_is = model.normalize(_CHANGED).lstrip(_SPACE) == _CHANGED.replace(" ", _SPACE)
+    crossing = any(_CROSSING.search(token.text.replace(_SPACE, " ")) for token in tokens.values())
+    whole = sum(token.kind == _BYTE_TOKEN for token in tokens.values()) == 256  # unknown ones in a row become one
+    apart = ranks and as_it_is and whole and not crossing
+    return encode, tokens, {key: id_ for key, id_ in special.items() if id_ >= 0}, apart
 
 
 def _spaced(text: str) -> bytes:
@@ -136,7 +149,7 @@ def _tokenizer_json(path: Path) -> _Read:
 
     by_text = {token.text: id_ for id_, token in tokens.items()}
     named = {"bos": "<s>", "eos": "</s>", "unk": unknown}
-    return encode, tokens, {key: by_text[text] for key, text in named.items() if text in by_text}
+    return encode, tokens, {key: by_text[text] for key, text in named.items() if text in by_text}, False
 
 
 def _spaced_or_byte(text: str) -> bytes:
@@ -175,10 +188,15 @@ def _add_tokens(folder: Path, tokens: dict[int, _Token]) -> None:
 
 
 def _vocabulary(
-    folder: Path, expected: Expected, tokens: Mapping[int, _Token], special: Mapping[str, int], adds_space: bool
+    folder: Path,
+    size: int,
+    expected: Expected,
+    tokens: Mapping[int, _Token],
+    special: Mapping[str, int],
+    adds_space: bool,
 ) -> Vocabulary:
     digest = hashlib.sha256()
-    for id_ in range(expected.vocabulary):
+    for id_ in range(size):
         token = tokens.get(id_, _Token("", _UNUSED, b""))
         text = token.text.encode("utf-8", "replace")
         digest.update(b"%d %d " % (token.kind, len(text)) + text)
@@ -195,7 +213,7 @@ def _vocabulary(
     ends |= {control[text] for text in _TURN_ENDS if text in control} | ({eos} if eos is not None else set())
     return Vocabulary(
         key=digest.hexdigest(),
-        size=expected.vocabulary,
+        size=size,
         bos=bos,
         eos=eos,
         add_bos=bos is not None and add_bos is not False,

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from koala_local.chat.ledger import Exchange, Ledger
 from koala_local.dialogue import FORMATS, KOALA, Dialogue, PromptFormat, Turn
 from koala_local.engine.gptq import GptqEngine, load_gptq
+from koala_local.engine.gptq_tokenizer import Expected, GptqTokenizer
 from koala_local.errors import ModelFileError
 from tests.gptq_maker import Made, make_gptq
 
 from .tokenizer_maker import train_sentencepiece
 
+_PARTS = ["the", " cat", "cat", " ", "\n", "  ", "\t", "\r\n", " \n ", "é", "\u3000", "☃", "mat"]
 USER_DEFINED, CONTROLS = ["<think>", "[INST]"], ["<|im_start|>", "<|im_end|>"]
 
 
@@ -122,6 +125,29 @@ def test_without_a_bos_the_first_token_of_a_plain_text_is_not_learned(tmp_path: 
     found = tokenizer.encode("abc")
     assert [tokenizer.piece(token) for token in found.ids[:-1]] == [b"a", b"b", b"c"]
     assert (list(found.trained), found.prompts, found.replies) == ([0, 1, 1, 1], [0], [1])
+
+
+@pytest.mark.parametrize(
+    ("options", "apart"),
+    [
+        ({}, True),
+        ({"split_by_whitespace": False, "vocab_size": 600}, False),  # tokens of several words
+        ({"model_type": "unigram"}, False),
+        ({"normalization_rule_name": "nmt_nfkc"}, False),
+        ({"remove_extra_whitespaces": True}, False),
+        ({"byte_fallback": False}, False),
+    ],
+)
+def test_words_are_remembered_only_where_that_changes_no_id(
+    tmp_path: Path, options: dict[str, Any], apart: bool
+) -> None:
+    model = train_sentencepiece(tmp_path / "tokenizer.model", **options)
+    assert GptqTokenizer(tmp_path, Expected(None, None, ())).apart == apart
+    tokenizer, reference = DialogueTokenizer(model), sentencepiece.SentencePieceProcessor(model_file=str(model))
+    dice = Random(4)
+    for _ in range(300):
+        text = "".join(dice.choices(_PARTS, k=12))
+        assert tokenizer.encode(text).ids == [1, *reference.encode(text), 2], text
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])

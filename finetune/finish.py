@@ -59,7 +59,6 @@ def _training(job: Job, run: Run, plan: PackPlan, dtype: str) -> Training:
         log=read_log(job.out / LOG),
         dtype=dtype,
         version=__version__,
-        context=run.trainee.config.max_position_embeddings,
         ranks=run.rank.world_size,
         gpu=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "",
     )

@@ -50,6 +50,11 @@ class TrainingView:
             self._last_line = now
             console.note(line)
 
+    def busy(self, what: str) -> None:
+        """Say what goes on between two steps, where there is a terminal."""
+        if self._live:
+            self._live.update(Text(f"{what} ..", no_wrap=True, overflow="ellipsis"), refresh=True)
+
     def note(self, text: str) -> None:
         """Show a line that stays."""
         if self._live:

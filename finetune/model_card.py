@@ -22,8 +22,8 @@ _LIMITS = """\
 - It predicts likely text. It can be wrong with confidence, invent sources, and repeat what is biased or offensive in
   its data; nothing in the training teaches it to tell.
 - It knows nothing that is not in the base's training data or in the dialogues above, and nothing after them.
-- It was not trained on system messages, on tools, or on anything but text.
-- Past the context of {context} tokens it was not trained, and quality there was not measured.
+- It was not trained on tools, or on anything but text, and on system messages only where its data has them.
+- This training saw {length} tokens at a time; quality past that was not measured.
 - Nothing but the figures above was measured: no benchmark, no safety test, no human comparison.
 """
 
@@ -42,7 +42,6 @@ class Training:
     log: Sequence[Mapping[str, Any]]
     dtype: str
     version: str  # of the program
-    context: int
     ranks: int = 1
     gpu: str = ""  # its name; none: a processor
 
@@ -63,7 +62,7 @@ def model_card(run: Training) -> str:
         "## Format\n",
         _FORMAT,
         "## What it cannot do\n",
-        _LIMITS.format(context=run.context),
+        _LIMITS.format(length=run.settings.sequence_length),
         "## Licences\n",
         _licences(run),
     ]

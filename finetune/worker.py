@@ -139,6 +139,8 @@ def _evaluator(
     plans = held_out(corpus, run.settings.sequence_length)
 
     def look(step: int) -> None:
+        if view:
+            view.busy(f"step {step}: evaluating on what is held out")
         found = evaluate(
             run.trainee,
             plans,

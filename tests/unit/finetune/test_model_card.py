@@ -56,7 +56,6 @@ def run(**changes: Any) -> Training:
         "log": [*STEPS, *EVALUATIONS],
         "dtype": "bfloat16",
         "version": "1.2.3",
-        "context": 2048,
     }
     return Training(**{**told, **changes})
 
@@ -77,6 +76,7 @@ def test_it_tells_the_data_the_settings_and_what_was_measured() -> None:
         "![Curves of the run](curves.png)",
         "koala 1.2.3",
         "its licence is not known here",
+        "saw 2048 tokens at a time",
         "- cc-by-sa-4.0: hc3.",
     ):
         assert part in card, part

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from koala_local.disk import sync
+from koala_local.disk import sync, write_whole
 from koala_local.errors import KoalaError
 
 _FORMAT = "koala-checkpoint-1"
@@ -206,10 +205,7 @@ class _Planner(DefaultLoadPlanner):
 
 def _describe(partial: Path, about: Mapping[str, Any]) -> None:
     files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-    with (partial / _ABOUT).open("w", encoding="utf-8") as file:
-        json.dump({"format": _FORMAT, **about, "files": files}, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(partial / _ABOUT, [json.dumps({"format": _FORMAT, **about, "files": files}, indent=2).encode()])
     sync(partial)
 
 

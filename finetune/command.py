@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from koala_local import console
-from koala_local.errors import KoalaError
+
+from .data.command import need_extra
 
 if TYPE_CHECKING:
-    from .forecast import Forecast
+    from .plan import Plan
     from .settings import Settings
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -40,7 +40,7 @@ def finetune(data: str, out: Path, words: tuple[str, ...], **options: Any) -> in
     KEY=VALUE sets one of: epochs, max_steps, sequence_length, global_batch, micro_batch, learning_rate, .. and, for a
     model from scratch, model.hidden_size, model.layers, ..; an unknown key lists all.
     """
-    _need_extra()
+    need_extra("torch", "transformers", "safetensors", "sentencepiece", "tensorboard", "matplotlib")
 
     if options["rendezvous"] and options["nodes"] == 1:
         raise click.UsageError("--rendezvous is for --nodes of 2 or more")
@@ -73,14 +73,14 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
     return _end(launch("koala_local.finetune.worker:work", (replace(job, price=plan.dollars_an_hour),), place), out)
 
 
-def _show(plan: Forecast, *, plan_only: bool) -> None:
+def _show(plan: Plan, *, plan_only: bool) -> None:
     """Print the plan; once, where several processes make it. Raises OutOfMemoryError when the run does not fit."""
     from .launch import current_rank
 
     if plan_only:
-        console.out(str(plan.plan))
+        console.out(str(plan))
     elif current_rank().first:
-        console.note(str(plan.plan))
+        console.note(str(plan))
     plan.check()
 
 
@@ -113,10 +113,3 @@ def _tokenizer(base: Path | None, given: Path | None, settings: Settings) -> Pat
     if place is None:
         raise click.UsageError("a model from scratch needs --tokenizer: a file, or the folder of a checkpoint")
     return place
-
-
-def _need_extra() -> None:
-    needed = ("torch", "transformers", "safetensors", "sentencepiece", "tensorboard", "matplotlib")
-    if missing := [name for name in needed if find_spec(name) is None]:
-        what = f"this command needs {', '.join(missing)}, not installed yet"
-        raise KoalaError(what, "run `make finetune`, or install koala-local[finetune]")

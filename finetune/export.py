@@ -60,16 +60,6 @@ class SpecialIds:
     pad: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """What `export` wrote; rank 0 alone knows files and size."""
-
-    folder: Path
-    files: tuple[Path, ...]
-    dtype: Dtype
-    size: int  # bytes of weights
-
-
 def export(
     weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     config: PretrainedConfig,
@@ -81,7 +71,7 @@ def export(
     extra_files: Mapping[str, bytes] = MappingProxyType({}),
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
-) -> Exported:
+) -> None:
     """Write `weights` (of `exported_weights`, or merged ones) and transformers' `config` to the folder `out`, with the
     tokenizer in the folder (or file) `tokenizer` and Koala's chat template. `out` is new, or a run's folder without a
     checkpoint in it. `extra_files` are small files by name. All ranks must call this, with weights that are gathered
@@ -104,7 +94,6 @@ def export(
         if _is_writer():
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Exported(out, tuple(out / name for name in shards.names), dtype, shards.total)
 
 
 def exported_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -138,7 +127,6 @@ class _Shards:
     limit: int
     pending: dict[str, Tensor] = field(default_factory=dict)
     written: list[list[str]] = field(default_factory=list)  # names of tensors
-    names: list[str] = field(default_factory=list)
     total: int = 0
 
     def add(self, name: str, weight: Tensor) -> None:
@@ -162,12 +150,12 @@ class _Shards:
         """Write what is left and name the files; the index that they need, if there are several."""
         self.flush()
         count = len(self.written)
-        self.names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
+        names = [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
         if count == 1:
-            self.names = ["model.safetensors"]
-        for number, name in enumerate(self.names):
+            names = ["model.safetensors"]
+        for number, name in enumerate(names):
             (self.folder / f"shard-{number}").rename(self.folder / name)
-        where = {tensor: name for name, tensors in zip(self.names, self.written, strict=True) for tensor in tensors}
+        where = {tensor: name for name, tensors in zip(names, self.written, strict=True) for tensor in tensors}
         return _json({"metadata": {"total_size": self.total}, "weight_map": where}) if count > 1 else None
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from koala_local.errors import OutOfMemoryError
 from koala_local.models.devices import ram
 
 from .data.corpus import open_corpus
@@ -20,35 +18,13 @@ from .settings import Settings
 from .throughput import Numbers, known_gpu
 
 
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What a run will take."""
-
-    plan: Plan
-
-    @property
-    def dollars_an_hour(self) -> float | None:
-        """Of all GPUs, at the usual price; None where it is not known."""
-        machine = self.plan.machine
-        return machine.gpu.on_demand * machine.gpus if machine.gpu else None
-
-    def check(self) -> None:
-        """Raise OutOfMemoryError, with what would help, when it does not fit."""
-        peak, best = self.plan.memory.peak, self.plan.best
-        if best.fits:
-            return
-        what = f"the run takes {peak / 1e9:.1f} GB of {best.memory / 1e9:.1f} GB: it will not fit"
-        hint = f"it would with {best.remedies[0]}" if best.remedies else "take a smaller model, or shorter sequences"
-        raise OutOfMemoryError(what, hint)
-
-
 def read_tokenizer(base: Path | None, place: Path, settings: Settings) -> DialogueTokenizer:
     """The tokenizer at `place`. Raises ModelFileError or TokenizerError unless the base can be trained, and the
     tokenizer is its own."""
     return DialogueTokenizer(place, _config(base, settings).vocab_size if base else None)
 
 
-def forecast(job: Job, place: Place) -> Forecast:
+def forecast(job: Job, place: Place) -> Plan:
     """The plan of the job. Raises KoalaError for data that cannot be packed, or was made for another tokenizer."""
     settings = job.settings
     corpus = open_corpus(job.corpus, job.tokenizer.key)
@@ -61,7 +37,7 @@ def forecast(job: Job, place: Place) -> Forecast:
         assert settings.model
         numbers = Numbers.of_shape(settings.model, job.tokenizer.size)
     work = Work.of(packed.rows, packed.tokens, settings, packed.cuts)
-    return Forecast(plan_run(numbers, settings, work, _machine(place)))
+    return plan_run(numbers, settings, work, _machine(place))
 
 
 def _config(base: Path, settings: Settings) -> Any:

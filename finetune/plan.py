@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from koala_local.errors import OutOfMemoryError
+
 from .memory import Device, Memory, memory_of
 from .settings import LoraSettings, Settings
 from .throughput import A100, GPUS, PRICES_OF, Gpu, Numbers, slowdown, tokens_per_second, work_of
@@ -99,6 +101,21 @@ class Plan:
     def best(self) -> Verdict:
         """That of the most memory."""
         return max(self.verdicts, key=lambda verdict: verdict.memory)
+
+    @property
+    def dollars_an_hour(self) -> float | None:
+        """Of all GPUs, at the usual price; None where it is not known."""
+        return self.machine.gpu.on_demand * self.machine.gpus if self.machine.gpu else None
+
+    def check(self) -> None:
+        """Raise OutOfMemoryError, with what would help, when it does not fit."""
+        best = self.best
+        if not best.fits:
+            what = f"the run takes {_gb(self.memory.peak)} of {_gb(best.memory)}: it will not fit"
+            hint = (
+                f"it would with {best.remedies[0]}" if best.remedies else "take a smaller model, or shorter sequences"
+            )
+            raise OutOfMemoryError(what, hint)
 
     def lines(self) -> list[str]:
         """The plan as text for a terminal."""

@@ -4,6 +4,7 @@ picture of the curves at the end. Written by rank 0 alone.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from koala_local.disk import write_whole
 from koala_local.errors import KoalaError
 
 if TYPE_CHECKING:
@@ -114,11 +116,11 @@ def draw_curves(folder: Path) -> Path:
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
-    path, partial = folder / CURVES, folder / f".{CURVES}.partial"
-    figure.savefig(partial, format="png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
-    os.replace(partial, path)
-    return path
+    write_whole(folder / CURVES, [picture.getvalue()])
+    return folder / CURVES
 
 
 def _perplexities(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
@@ -136,12 +138,7 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in read_log(path) if line.get("step", 0) <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, (f"{json.dumps(line, ensure_ascii=False)}\n".encode() for line in kept))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -99,7 +99,8 @@ def build(
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
         tallies = write_mix(stages, made / MIX, work, tell)
-        if not any(tally.kept for tally in tallies.values()):
+        kept = sum(tally.kept for tally in tallies.values())
+        if not kept:
             raise BuildError("nothing is left of the raw data", _why_nothing(tallies))
         write_corpus(
             read_examples(made / MIX),
@@ -108,7 +109,7 @@ def build(
             inputs={f"{key}/{file.name}": file.sha256 for key, files in inputs.items() for file in files},
             recipe=recipe.as_tree(),
             work=work,
-            progress=lambda documents, tokens: tell("tokens", tokens, None),
+            progress=lambda documents: tell("tokens of dialogues", documents, kept),
         )
         report = _report(recipe, sources, inputs, tests, tallies, open_corpus(made), tokenizer.path)
         _copy_tokenizer(tokenizer.path, made / TOKENIZER)
@@ -154,7 +155,9 @@ def _report(
 
 
 def _source(key: str, rules: SourceRules) -> Source:
-    return replace(OWN, key=key, title=key) if rules.files else SOURCES[key]
+    if not rules.files:
+        return SOURCES[key]
+    return OWN if key == OWN.key else replace(OWN, key=key, title=key)
 
 
 def _find(source: Source, rules: SourceRules, raw: Path | None, tell: Tell) -> list[_File]:

@@ -12,6 +12,7 @@ from koala_local import console
 from koala_local.errors import KoalaError
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEEDED = ("numpy", "sentencepiece", "datasketch", "py3langid", "matplotlib", "pyarrow")
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
@@ -51,7 +52,7 @@ def build(
 
     A build that was stopped goes on where it was when it is run again.
     """
-    _need_extra()
+    need_extra(*_NEEDED)
     from .build import build as make
     from .build import choose_recipe
     from .tokens import DialogueTokenizer
@@ -81,7 +82,7 @@ def build(
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 def tokenizer(files: tuple[Path, ...], size: int, output: Path) -> None:
     """Make a tokenizer of LLaMA's kind of FILES, which hold dialogues or texts as `koala data build` takes them."""
-    _need_extra()
+    need_extra(*_NEEDED)
     from .new_tokenizer import train_tokenizer
 
     lines = train_tokenizer(files, size, output)
@@ -95,7 +96,7 @@ def tokenizer(files: tuple[Path, ...], size: int, output: Path) -> None:
 @click.option("--random", "at_random", is_flag=True, help="Any one.")
 def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool) -> None:
     """Show an example of CORPUS as the model reads it: tokens that are trained on are green, or in ⟦brackets⟧."""
-    _need_extra()
+    need_extra(*_NEEDED)
     if index is not None and at_random:
         raise click.UsageError("--index and --random exclude each other")
     from .look import look
@@ -120,7 +121,7 @@ def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool
 @click.option("--no-plots", is_flag=True, help="Write no pictures into the corpus's folder.")
 def report(corpus: Path, as_json: bool, no_plots: bool) -> None:
     """Tell what CORPUS is made of: counts beside the published ones, lengths, and what was left out and why."""
-    _need_extra()
+    need_extra(*_NEEDED)
     from .look import read_report
 
     found = read_report(corpus)
@@ -144,8 +145,8 @@ def _show_report(found: object) -> None:
         console.out(console.as_text(view))
 
 
-def _need_extra() -> None:
-    needed = ("numpy", "sentencepiece", "datasketch", "py3langid", "matplotlib", "pyarrow")
-    if missing := [name for name in needed if find_spec(name) is None]:
+def need_extra(*modules: str) -> None:
+    """Raise KoalaError unless these are installed, as the extra `finetune` does."""
+    if missing := [name for name in modules if find_spec(name) is None]:
         what = f"this command needs {', '.join(missing)}, not installed yet"
         raise KoalaError(what, "run `make finetune`, or install koala-local[finetune]")

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from koala_local.disk import sync
+from koala_local.disk import sync, write_whole
 
 from .corpus import (
     FILES,
@@ -34,7 +34,7 @@ from .workers import Workers, batches
 
 _CHUNK = 256  # examples that travel to a process together
 
-Progress = Callable[[int, int], None]  # documents and tokens so far
+Progress = Callable[[int], None]  # documents so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def write_corpus(
     inputs: Mapping[str, str],
     recipe: Mapping[str, Any],
     work: Workers | None = None,
-    progress: Progress = lambda documents, tokens: None,
+    progress: Progress = lambda documents: None,
 ) -> Manifest:
     """Write a corpus into the folder, which may hold other files. Its manifest gets its name last: without it there is
     no corpus. `examples` come with whether they are held out; `inputs` are hashes by name; `work` makes the tokens
@@ -73,7 +73,7 @@ def write_corpus(
         try:
             made = _write(examples, tokenizer, partial, work or Workers(None, 1), progress)
             text = _manifest(made, tokenizer, inputs, recipe).to_json().encode()
-            _write_synced(partial / MANIFEST, text)
+            write_whole(partial / MANIFEST, [text])
             for name in (*(f"{name}.bin" for name in FILES), MANIFEST):
                 os.replace(partial / name, folder / name)
             sync(folder)
@@ -135,7 +135,7 @@ def _write(
             files["held_out"].write(bytes(held_out for _, held_out in chunk))
             documents, tokens = documents + len(chunk), tokens + int(done.lengths.sum())
             turns += int(done.turns.sum())
-            progress(documents, tokens)
+            progress(documents)
     finally:
         made.files = {name: file.close() for name, file in files.items()}
     return made
@@ -199,8 +199,3 @@ def _check(example: Example) -> None:
     if not turns or any(turn.reply is None for turn in turns):
         what = f"{example.source}, {example.row}: " + ("a turn has no reply" if turns else "there is no turn")
         raise CorpusError(f"{what}: there is nothing to learn from it", "leave the row out")
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    sync(path)

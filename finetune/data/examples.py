@@ -10,14 +10,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from koala_local.dialogue import Dialogue, Turn
+from koala_local.disk import write_whole
 
 _HELD_OUT = ', "held_out": true}'
 
@@ -90,19 +89,8 @@ def read_examples(path: Path) -> Iterator[tuple[Example, bool]]:
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write the file; under its name there is the whole of it or what was there before."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
-            for line in lines:
-                file.write(f"{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+    """Write the lines, which may hold lone surrogates, as `write_whole` does."""
+    write_whole(path, (f"{line}\n".encode("utf-8", "surrogatepass") for line in lines))
 
 
 def write_tree(path: Path, tree: Any) -> None:

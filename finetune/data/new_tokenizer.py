@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
+from koala_local.disk import write_whole
 from koala_local.errors import KoalaError
 
 from .examples import Example, texts
@@ -51,8 +52,8 @@ def train_tokenizer(paths: Sequence[Path], size: int, out: Path, *, most: int = 
     model = _train(lines, size)
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    _write(partial / "tokenizer.model", model)
-    _write(partial / "tokenizer_config.json", json.dumps(_CONFIG, indent=2).encode())
+    write_whole(partial / "tokenizer.model", [model])
+    write_whole(partial / "tokenizer_config.json", [json.dumps(_CONFIG, indent=2).encode()])
     os.rename(partial, out)
     return len(lines)
 
@@ -117,10 +118,3 @@ def _hint(error: str) -> str:
     if found := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return f"choose a larger size, {found[1]} at least: every byte and every common character is a piece"
     return f"choose another size, or more text ({error[-120:].strip()})"
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

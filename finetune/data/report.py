@@ -7,7 +7,6 @@ The report is plain values, written as report.json; the same inputs give the sam
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from koala_local.disk import write_whole
 
 from .mix import REASONS, Tally
 from .recipe import Recipe
@@ -142,7 +143,5 @@ def _write(path: Path, draw: Any, report: Mapping[str, Any]) -> Path:
     draw(axes, report)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    temporary.write_bytes(picture.getvalue())
-    os.replace(temporary, path)
+    write_whole(path, [picture.getvalue()])
     return path

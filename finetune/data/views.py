@@ -16,6 +16,7 @@ from koala_local import console
 from .mix import REASONS, Tell
 
 SHOWN = 3  # rows of each source and kind
+_EVERY = 15.0  # seconds between lines where no terminal is
 _LABELS = {
     "keyword": "keyword",
     "language": "not English",
@@ -110,16 +111,21 @@ def dialogue_view(runs: Sequence[tuple[str, bool]], *, coloured: bool) -> Text:
 
 @contextmanager
 def telling() -> Iterator[Tell]:
-    """A bar for each part of the work."""
+    """A bar for each part of the work; where no terminal is, a line now and then."""
+    terminal = console.err_console().is_terminal
     with console.progress("building") as step:
-        part, started, before = "", 0.0, 0
+        part, before, started = "", 0, 0.0
+        said = time.monotonic()
 
         def tell(what: str, done: int, total: int | None) -> None:
-            nonlocal part, started, before
+            nonlocal part, before, started, said
+            now = time.monotonic()
             if what != part:
-                part, started, before = what, time.monotonic(), done
-            passed = time.monotonic() - started
-            rate = f", {(done - before) / passed:,.0f} a second" if passed > 1 else ""
+                part, before, started = what, done, now
+            rate = f", {(done - before) / (now - started):,.0f} a second" if now > started + 1 else ""
             step(done, total, f"{what}{rate}")
+            if not terminal and now - said >= _EVERY:
+                said = now
+                console.note(f"{what}: {done:,}{f' of {total:,}' if total else ''}{rate}")
 
         yield tell

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from koala_local.finetune.data import views
 from koala_local.finetune.data.examples import Example, from_line, hold_out, is_held_out, to_line
 from koala_local.finetune.data.mix import LISTED, Tally
 from koala_local.finetune.data.raw_files import Skipped
@@ -99,3 +101,13 @@ def test_lines_hold_any_text() -> None:
         assert "\n" not in line and from_line(line) == plain == from_line(hold_out(line))
         assert is_held_out(hold_out(line)) and not is_held_out(line)
         assert (line.count('"text": '), line.count('{"user": '), line.count('"helpful": false')) == (1, 0, 0)
+
+
+def test_a_build_that_nobody_watches_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(views, "_EVERY", 0.0)
+    with views.telling() as tell:
+        tell("alpaca", 1000, None)
+        tell("tokens", 3, 7)
+    assert capsys.readouterr().err == "alpaca: 1,000\ntokens: 3 of 7\n"

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from koala_local.engine.gptq_files import TensorFiles, read_layout, read_model_settings
-from koala_local.engine.gptq_model import Placement, SlotCache, build_model
+from koala_local.engine.gptq_linear import Placement
+from koala_local.engine.gptq_model import SlotCache, load_model
 from koala_local.engine.gptq_sampler import TorchSampler
 from koala_local.engine.gptq_tokenizer import Expected, GptqTokenizer
 from koala_local.engine.sampling import Sampling
@@ -61,13 +62,13 @@ class GptqEngine:
         self.name = repository_of(folder.absolute()) or folder.resolve().name
         self.context_size = context
         self.trained_context = settings.context
-        self.placed = "all layers on the GPU" if cuda else "all layers on the CPU"
         self.vocabulary = tokenizer.vocabulary
         self.tokenize = tokenizer.tokenize
         self.evaluated_tokens = 0
         self._pieces = tokenizer.pieces
         self._device = place.device
-        self._model = build_model(settings, layout, files, place)
+        self._model, layers = load_model(settings, layout, files, place)
+        self.placed = f"all layers on the {'GPU' if cuda else 'CPU'}" + (f" ({layers})" if layers else "")
         self._slots = [SlotCache(settings.layers) for _ in range(SLOTS)]
         self._shape = (settings.layers, settings.kv_heads, settings.head_size)
         self._logits: torch.Tensor | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,88 +10,40 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.cache_utils import Cache, DynamicLayer
 
 from koala_local.engine.gptq_files import TensorFiles
-from koala_local.engine.gptq_layout import (
-    Layout,
-    dequantize_groups,
-    dequantize_rows,
-    pack_rows,
-    unpack_rows,
-    unpack_zeros,
-)
+from koala_local.engine.gptq_kernels import Kernels, Unfit, installed
+from koala_local.engine.gptq_layout import Layout
+from koala_local.engine.gptq_linear import Parts, Placement, QuantizedLinear
 from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig
 
 _FLOATS = ("F16", "BF16", "F32")
-_BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}  # of dequantized weights at once; a CPU then reuses the memory
 _KV_STEP = 256  # tokens by which a slot's KV cache grows
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a model computes, and in which type."""
-
-    device: str
-    dtype: torch.dtype
-
-
-class QuantizedLinear(nn.Module):
-    """y = x W^T with W packed as in `gptq_layout` also in memory: it is dequantized some inputs at a time."""
-
-    qweight: torch.Tensor
-    zeros: torch.Tensor
-    scales: torch.Tensor
-    groups: torch.Tensor
-    order: torch.Tensor | None
-
-    def __init__(self, layout: Layout, parts: dict[str, torch.Tensor], place: Placement) -> None:
-        super().__init__()
-        self.bits = layout.bits
-        inputs, outputs = len(parts["g_idx"]), parts["scales"].shape[1]
-        words, groups, order = parts["qweight"], parts["g_idx"].long(), torch.arange(inputs)
-        if bool((groups.diff() < 0).any()):  # act-order: bring together what shares a group
-            order = groups.argsort(stable=True)
-            words, groups = pack_rows(unpack_rows(words, self.bits)[order], self.bits), groups[order]
-        size = inputs if layout.group_size == -1 else layout.group_size
-        regular = bool((groups == torch.arange(inputs) // size).all()) and size % 32 == 0 and inputs % size == 0
-        row = outputs * torch.finfo(place.dtype).bits // 8
-        step = size if regular else 32  # a block holds whole groups, or at least whole words
-        self._rows = max(step, _BLOCK_BYTES[place.device] // row // step * step)
-        self._group = size if regular else 0
-        self.register_buffer("qweight", words.to(place.device))
-        self.register_buffer("zeros", unpack_zeros(parts["qzeros"], self.bits).to(place.device, place.dtype))
-        self.register_buffer("scales", parts["scales"].to(place.device, place.dtype))
-        self.register_buffer("groups", groups.to(place.device))
-        self.register_buffer("order", order.to(place.device) if words is not parts["qweight"] else None)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        flat = x.flatten(0, -2)  # (tokens, inputs)
-        if self.order is not None:
-            flat = flat[:, self.order]
-        total = flat.new_zeros(len(flat), self.scales.shape[1])
-        for start in range(0, len(self.groups), self._rows):
-            stop = min(start + self._rows, len(self.groups))
-            total.addmm_(flat[:, start:stop], self._weight_rows(start, stop))
-        return total.view(*x.shape[:-1], -1)
-
-    def _weight_rows(self, start: int, stop: int) -> torch.Tensor:
-        """The weights of inputs `start` to `stop`, multiples of 32 and of the group size: (inputs, outputs)."""
-        words = self.qweight[start // 32 * self.bits : stop // 32 * self.bits]
-        if self._group:
-            part = slice(start // self._group, stop // self._group)
-            return dequantize_groups(words, self.zeros[part], self.scales[part], self.bits)
-        return dequantize_rows(words, self.zeros, self.scales, self.groups[start:stop], self.bits)
+def load_model(settings: ModelConfig, layout: Layout, files: TensorFiles, place: Placement) -> tuple[Any, str]:
+    """transformers' model with all weights read from `files`, and what its linear layers are where they are not this
+    project's own: on a GPU gptqmodel's, if they are installed and compute the same. Raises ModelFileError."""
+    if place.device == "cuda" and installed():
+        try:
+            kernels = Kernels(layout, place)
+            return build_model(settings, layout, files, place, kernels), kernels.name
+        except Unfit as error:
+            return build_model(settings, layout, files, place), f"own layers: {error}"
+    return build_model(settings, layout, files, place), ""
 
 
-def build_model(settings: ModelConfig, layout: Layout, files: TensorFiles, place: Placement) -> Any:
-    """transformers' model with all weights read from `files`. Raises ModelFileError."""
+def build_model(
+    settings: ModelConfig, layout: Layout, files: TensorFiles, place: Placement, kernels: Kernels | None = None
+) -> Any:
+    """The model with layers of `kernels`, or own ones. Raises ModelFileError, and Unfit where `kernels` does."""
     last = f"model.layers.{settings.layers - 1}.self_attn.q_proj"
     files.shape(f"{last}.qweight")  # before as many layers are made as config.json says
     with torch.device("meta"):
         model = _skeleton(settings)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            shape = (module.in_features, module.out_features)
-            model.set_submodule(name, _read_linear(name, *shape, layout, files, place))
+            parts = _read_parts(name, module.in_features, module.out_features, layout, files)
+            model.set_submodule(name, kernels.layer(parts) if kernels else QuantizedLinear(layout, parts, place))
     for name, parameter in list(model.named_parameters()):
         if name == "lm_head.weight" and settings.tied_embeddings:
             continue
@@ -103,6 +54,8 @@ def build_model(settings: ModelConfig, layout: Layout, files: TensorFiles, place
         model.lm_head.weight = model.model.embed_tokens.weight
     rotary = type(model.model.rotary_emb)(config=model.config)  # its table is computed, not read: not on "meta"
     model.model.rotary_emb = rotary.to(place.device)
+    if kernels:
+        kernels.finish(model)
     return model.eval()
 
 
@@ -130,9 +83,7 @@ def _skeleton(settings: ModelConfig) -> Any:
         raise ModelFileError(f"transformers refuses config.json: {str(error)[:200]}", "mend the file") from None
 
 
-def _read_linear(
-    name: str, inputs: int, outputs: int, layout: Layout, files: TensorFiles, place: Placement
-) -> QuantizedLinear:
+def _read_parts(name: str, inputs: int, outputs: int, layout: Layout, files: TensorFiles) -> Parts:
     if inputs % 32 or outputs % 32:
         raise ModelFileError(
             f"{name} is {outputs} x {inputs}; GPTQ needs multiples of 32", "this cannot be a GPTQ model"
@@ -151,7 +102,7 @@ def _read_linear(
         parts[part] = files.read(f"{name}.{part}", shapes[part], types[part])
     if not 0 <= int(parts["g_idx"].min()) <= int(parts["g_idx"].max()) < groups:
         raise ModelFileError(f"{name}.g_idx names groups that are not there: there are {groups}", "the file is damaged")
-    return QuantizedLinear(layout, parts, place)
+    return parts
 
 
 class SlotLayer(DynamicLayer):

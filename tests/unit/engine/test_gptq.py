@@ -101,7 +101,7 @@ def test_a_folder_without_group_indices_has_the_natural_order(tmp_path: Path) ->
 def test_a_linear_layer_is_multiplied_in_blocks_of_inputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_2023: bool
 ) -> None:
-    monkeypatch.setattr("koala_local.engine.gptq_model._BLOCK_BYTES", {"cpu": 1})
+    monkeypatch.setattr("koala_local.engine.gptq_linear._BLOCK_BYTES", {"cpu": 1})
     made = make_gptq(tmp_path / "model", bits=3, of_2023=of_2023)
     engine = load_gptq(made.folder, CONTEXT)
     engine.evaluate(ids_of(9), slot=0, position=0)

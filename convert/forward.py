@@ -79,21 +79,40 @@ def layer_forward(
 ) -> torch.Tensor:
     """The hidden states after one decoder layer, (batch, tokens, hidden), from those before it.
 
-    `observe` sees the input of each group of linear layers in INPUTS before it is multiplied. Looking weights up only
-    then, it lets an observer replace the weights of the group it is told of.
+    `observe` sees the input of each group of linear layers in INPUTS before it is multiplied.
     """
+    observe = observe or _unseen
+    x = norm(config, weights, NORMS[0], hidden)
+    observe("attention", x.flatten(0, -2))
+    x = mix(config, weights, x, rope)
+    observe("attention_output", x.flatten(0, -2))
+    hidden = hidden + functional.linear(x, weights["self_attn.o_proj"])
+    x = norm(config, weights, NORMS[1], hidden)
+    observe("feed_forward", x.flatten(0, -2))
+    x = widen(weights, x)
+    observe("feed_forward_output", x.flatten(0, -2))
+    return hidden + functional.linear(x, weights["mlp.down_proj"])
 
-    def linear(group: str, x: torch.Tensor) -> list[torch.Tensor]:
-        if observe:
-            observe(group, x.flatten(0, -2))
-        return [functional.linear(x, weights[name]) for name in INPUTS[group]]
 
-    x = rms_norm(hidden, weights["input_layernorm"], config.norm_epsilon)
-    mixed = _attention(config, rope, *linear("attention", x))
-    hidden = hidden + linear("attention_output", mixed)[0]
-    x = rms_norm(hidden, weights["post_attention_layernorm"], config.norm_epsilon)
-    gate, up = linear("feed_forward", x)
-    return hidden + linear("feed_forward_output", functional.silu(gate) * up)[0]
+def _unseen(_: str, __: torch.Tensor) -> None:
+    """Observes nothing."""
+
+
+def norm(config: ModelConfig, weights: LayerWeights, name: str, hidden: torch.Tensor) -> torch.Tensor:
+    """The input of attention or of the feed-forward part: `name` is of NORMS."""
+    return rms_norm(hidden, weights[name], config.norm_epsilon)
+
+
+def mix(config: ModelConfig, weights: LayerWeights, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """q, k, v and attention over the normed states: what `o_proj` gets."""
+    q, k, v = (functional.linear(x, weights[name]) for name in INPUTS["attention"])
+    return _attention(config, rope, q, k, v)
+
+
+def widen(weights: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+    """Gate and up over the normed states: what `down_proj` gets."""
+    gate, up = (functional.linear(x, weights[name]) for name in INPUTS["feed_forward"])
+    return functional.silu(gate) * up
 
 
 def _attention(
@@ -125,11 +144,11 @@ def _window_mask(tokens: int, window: int, device: torch.device) -> torch.Tensor
 
 
 class HiddenStates:
-    """The hidden states of every batch, float32 on the CPU: in memory, or above a bound in an unnamed file."""
+    """The hidden states of every batch, float32 on the CPU: in memory, or above STATES_BYTES in an unnamed file."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], folder: Path | None, limit: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], folder: Path | None) -> None:
         sizes = [int(np.prod(shape)) for shape in shapes]
-        self.on_disk = sum(sizes) * 4 > limit
+        self.on_disk = sum(sizes) * 4 > STATES_BYTES
         if self.on_disk:
             with tempfile.TemporaryFile(dir=folder) as file:  # the map keeps the file's bytes until it is dropped
                 flat = np.memmap(file, np.float32, "w+", shape=(sum(sizes),))
@@ -160,7 +179,7 @@ def embed(checkpoint: Checkpoint, batches: Sequence[torch.Tensor], folder: Path 
                 f"the tokenizer made token {int(ids.max())}, but the embedding has {config.vocabulary_size} rows",
                 "the tokenizer belongs to another model, or the checkpoint is incomplete",
             )
-    states = HiddenStates([(*ids.shape, config.hidden_size) for ids in batches], folder, STATES_BYTES)
+    states = HiddenStates([(*ids.shape, config.hidden_size) for ids in batches], folder)
     for start in range(0, config.vocabulary_size, _ROWS):
         block = slice(start, min(start + _ROWS, config.vocabulary_size))
         found = [(ids >= block.start) & (ids < block.stop) for ids in batches]
@@ -169,39 +188,6 @@ def embed(checkpoint: Checkpoint, batches: Sequence[torch.Tensor], folder: Path 
             for ids, mask, hidden in zip(batches, found, states, strict=True):
                 hidden[mask] = rows[ids[mask] - start]
     return states
-
-
-OnLayer = Callable[[int, LayerWeights, HiddenStates], Observe | None]
-
-
-def run_layers(
-    checkpoint: Checkpoint,
-    states: HiddenStates,
-    on_layer: OnLayer | None = None,
-    progress: Progress | None = None,
-    *,
-    first: int = 0,
-    compute: Compute | None = None,
-) -> None:
-    """Takes `states` through the layers from `first` on, in place; each layer's weights are read once.
-
-    `on_layer(index, weights, states)` is called before the layer runs, may run it itself (`layer_forward`) and may
-    replace weights; what it returns observes the run that advances the states.
-    """
-    layers = checkpoint.config.layers
-    for index in range(first, layers):
-        _run_layer(checkpoint, index, states, on_layer, compute)
-        if progress:
-            progress(index + 1, layers)
-
-
-def _run_layer(
-    checkpoint: Checkpoint, index: int, states: HiddenStates, on_layer: OnLayer | None, compute: Compute | None
-) -> None:
-    """A function of its own, so that one layer's weights are gone before the next one's are read."""
-    weights = read_layer(checkpoint, index, compute)
-    observe = on_layer(index, weights, states) if on_layer else None
-    advance(checkpoint.config, weights, states, observe, compute)
 
 
 @torch.inference_mode()
@@ -223,16 +209,22 @@ def advance(
 def stream_layers(
     checkpoint: Checkpoint,
     batches: Sequence[torch.Tensor],
-    on_layer: OnLayer | None = None,
+    observer: Callable[[int], Observe] | None = None,
     progress: Progress | None = None,
     *,
     compute: Compute | None = None,
     folder: Path | None = None,
 ) -> HiddenStates:
     """The hidden states after the last layer (before the final norm, which `Head` applies) of each batch of ids,
-    (batch, tokens). `folder` is where states that do not fit in memory are kept. Raises ModelFileError."""
-    states = embed(checkpoint, batches, folder)
-    run_layers(checkpoint, states, on_layer, progress, compute=compute)
+    (batch, tokens). Each layer's weights are read once; `observer(layer)` gives what observes it. `folder` is where
+    states that do not fit in memory are kept. Raises ModelFileError."""
+    states, layers = embed(checkpoint, batches, folder), checkpoint.config.layers
+    for index in range(layers):
+        observe = observer(index) if observer else None
+        # Read where nothing holds them: one layer's weights are gone before the next one's are read.
+        advance(checkpoint.config, read_layer(checkpoint, index, compute), states, observe, compute)
+        if progress:
+            progress(index + 1, layers)
     return states
 
 

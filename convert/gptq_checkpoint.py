@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch.nn.functional import linear
 
 import koala_local
 from koala_local.errors import KoalaError, ModelFileError
@@ -30,8 +31,12 @@ from .forward import (
     Compute,
     HiddenStates,
     LayerWeights,
-    layer_forward,
-    stream_layers,
+    advance,
+    embed,
+    mix,
+    norm,
+    read_layer,
+    widen,
 )
 from .gptq import GptqSettings, Hessian, quantize_matrix
 from .gptq_folder import (
@@ -49,7 +54,7 @@ from .safetensors_writer import write_json, write_sharded
 
 Progress = Callable[[str, int, int], None]  # (linear layer, how many are done, how many there are)
 
-_FORMAT = 1  # of the manifest
+_FORMAT = 2  # of the manifest
 _STATES = "states"  # where hidden states go that do not fit in memory
 
 
@@ -143,10 +148,6 @@ def _manifest(
     return found
 
 
-class _Reached(Exception):
-    """The inputs that were wanted have been seen; the rest of the layer need not run."""
-
-
 class _Run:
     """One run over a checkpoint, into the folder `partial`."""
 
@@ -167,9 +168,12 @@ class _Run:
                 break
             self.resumed += 1
         if self.resumed < config.layers:
-            states = self.partial / _STATES
-            states.mkdir(exist_ok=True)
-            stream_layers(self.checkpoint, batches, self._layer, compute=self.compute, folder=states)
+            folder = self.partial / _STATES
+            folder.mkdir(exist_ok=True)
+            states = embed(self.checkpoint, batches, folder)
+            mixed = HiddenStates([(*h.shape[:2], config.heads * config.head_size) for h in states], folder)
+            for index in range(config.layers):
+                self._layer(index, states, mixed)
         shutil.rmtree(self.partial / _STATES, ignore_errors=True)
 
     def _shard(self, index: int) -> Path:
@@ -181,23 +185,49 @@ class _Run:
         except (OSError, SafetensorError):
             return False
 
-    def _layer(self, index: int, weights: LayerWeights, states: HiddenStates) -> None:
-        """Leave in `weights` what the finished model will compute with, and its packed form on the disk."""
-        prefix = f"model.layers.{index}."
+    def _layer(self, index: int, states: HiddenStates, mixed: HiddenStates) -> None:
+        """Take `states` through a layer as the finished model computes it, and write its packed form to the disk."""
+        weights = read_layer(self.checkpoint, index, self.compute)
         if index < self.resumed:
             self._read_back(index, weights)
+            advance(self.checkpoint.config, weights, states, compute=self.compute)
             return
+        prefix = f"model.layers.{index}."
         for name, weight in weights.items():
             _refuse_not_finite(f"{prefix}{name}.weight", weight)
-        tensors: dict[str, torch.Tensor] = {}
-        for group, names in INPUTS.items():
-            hessian = self._hessian(weights, states, group)
-            for name, parts in self._group(prefix, names, weights, hessian):
-                tensors |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
-        for name in NORMS:
-            tensors[f"{prefix}{name}.weight"] = _as_half(f"{prefix}{name}.weight", weights[name]).cpu()
-            weights[name] = tensors[f"{prefix}{name}.weight"].to(weights[name])
+        halves = {name: _as_half(f"{prefix}{name}.weight", weights[name]) for name in NORMS}
+        weights.update({name: half.to(weights[name]) for name, half in halves.items()})
+        tensors = self._linears(index, weights, states, mixed)
+        tensors |= {f"{prefix}{name}.weight": half.cpu() for name, half in halves.items()}
         write_whole(self._shard(index), save(tensors, {"format": "pt"}))
+
+    @torch.inference_mode()
+    def _linears(
+        self, index: int, weights: LayerWeights, states: HiddenStates, mixed: HiddenStates
+    ) -> dict[str, torch.Tensor]:
+        """The packed linear layers. Each group sees what the quantized ones before it make of `states`, which end up
+        behind the layer. Everything is computed once, but gate and up twice: what they make is too much to keep."""
+        config = self.checkpoint.config
+        tensors = self._group(index, "attention", weights, (self._normed(weights, 0, h) for h in states))
+        for hidden, mix_ in zip(states, mixed, strict=True):
+            rope = rotary_table(config, hidden.shape[1], self.compute.device)
+            mix_.copy_(mix(config, weights, self._normed(weights, 0, hidden), rope))
+        tensors |= self._group(index, "attention_output", weights, (self._placed(x) for x in mixed))
+        for hidden, mix_ in zip(states, mixed, strict=True):
+            hidden.copy_(self._placed(hidden) + linear(self._placed(mix_), weights["self_attn.o_proj"]))
+        tensors |= self._group(index, "feed_forward", weights, (self._normed(weights, 1, h) for h in states))
+        wide = (widen(weights, self._normed(weights, 1, h)) for h in states)
+        tensors |= self._group(index, "feed_forward_output", weights, wide)
+        for hidden in states:
+            x = widen(weights, self._normed(weights, 1, hidden))
+            hidden.copy_(self._placed(hidden) + linear(x, weights["mlp.down_proj"]))
+        return tensors
+
+    def _placed(self, states: torch.Tensor) -> torch.Tensor:
+        return states.to(self.compute.device, self.compute.dtype)
+
+    def _normed(self, weights: LayerWeights, which: int, hidden: torch.Tensor) -> torch.Tensor:
+        return norm(self.checkpoint.config, weights, NORMS[which], self._placed(hidden))
 
     def _read_back(self, index: int, weights: LayerWeights) -> None:
         prefix, stored = f"model.layers.{index}.", load_file(self._shard(index))
@@ -208,44 +238,31 @@ class _Run:
         for name in NORMS:
             weights[name] = stored[f"{prefix}{name}.weight"].to(weights[name])
 
-    @torch.inference_mode()
-    def _hessian(self, weights: LayerWeights, states: HiddenStates, group: str) -> torch.Tensor:
-        """Of the inputs of the linear layers in `group`, with the layer's weights as they are now."""
-        config = self.checkpoint.config
-        hessian = Hessian(weights[INPUTS[group][0]].shape[1], self.compute.device)
-
-        def observe(seen: str, x: torch.Tensor) -> None:
-            if seen == group:
-                hessian.add(x)
-                raise _Reached
-
-        for hidden in states:
-            rope = rotary_table(config, hidden.shape[1], self.compute.device)
-            try:
-                layer_forward(config, weights, hidden.to(self.compute.device, self.compute.dtype), rope, observe)
-            except _Reached:
-                continue
-        return hessian.mean()
-
     def _group(
-        self, prefix: str, names: Sequence[str], weights: LayerWeights, hessian: torch.Tensor
-    ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Quantize linear layers that share their inputs, as one matrix: outputs are independent of each other."""
-        sizes = [len(weights[name]) for name in names]
+        self, index: int, group: str, weights: LayerWeights, inputs: Iterable[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Quantize linear layers that share their inputs, as one matrix: outputs are independent of each other. Leaves
+        in `weights` what the finished model computes with, and returns what is stored of it."""
+        names, prefix, stored = INPUTS[group], f"model.layers.{index}.", dict[str, torch.Tensor]()
+        hessian = Hessian(weights[names[0]].shape[1], self.compute.device)
+        for x in inputs:
+            hessian.add(x.flatten(0, -2))
         try:
-            rounded = quantize_matrix(torch.cat([weights[name] for name in names]), hessian, self.settings)
+            rounded = quantize_matrix(torch.cat([weights[name] for name in names]), hessian.mean(), self.settings)
         except ModelFileError as error:
             raise ModelFileError(f"{prefix}{names[0]}: {error.message}", error.hint) from None
         start = 0
-        for name, size in zip(names, sizes, strict=True):
-            matrix = rounded.matrix.rows(slice(start, start + size))
-            start += size
+        for name in names:
+            matrix = rounded.matrix.rows(slice(start, start + len(weights[name])))
+            start += len(weights[name])
             weights[name] = matrix.dequantized().to(weights[name])
             self.errors[f"{prefix}{name}"] = rounded.error
             if rounded.damping > self.settings.damping:
                 self.damped[f"{prefix}{name}"] = rounded.damping
-            yield name, {part: tensor.cpu() for part, tensor in pack(matrix, self.settings.bits).items()}
-            self._report(f"{prefix}{name}", int(prefix.split(".")[2]), name)
+            packed = pack(matrix, self.settings.bits)
+            stored |= {f"{prefix}{name}.{part}": tensor.cpu() for part, tensor in packed.items()}
+            self._report(f"{prefix}{name}", index, name)
+        return stored
 
     def _report(self, name: str, index: int, linear: str) -> None:
         if self._progress:

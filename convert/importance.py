@@ -20,7 +20,7 @@ from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.gguf_header import Tensor, read_header
 
 from .architecture import Checkpoint
-from .forward import INPUTS, Compute, HiddenStates, LayerWeights, Observe, Progress, stream_layers
+from .forward import INPUTS, Compute, Observe, Progress, stream_layers
 from .gguf_layout import gguf_name
 
 ImportanceMatrix = Mapping[str, NDArray[np.float32]]  # GGUF tensor name: one weight per column
@@ -45,7 +45,7 @@ def importance_matrix(
         raise KoalaError("the calibration text has no tokens", "give a longer text")
     sums: dict[str, torch.Tensor] = {}
 
-    def observer(index: int, weights: LayerWeights, states: HiddenStates) -> Observe:
+    def observer(index: int) -> Observe:
         def observe(group: str, x: torch.Tensor) -> None:
             squares = x.float().square().sum(0, dtype=torch.float64).cpu()
             key = f"{index} {group}"

@@ -140,7 +140,7 @@ def _gptq_sample(path: Path | None, source: Path, folder: Path | None, config: M
     length = min(longest, config.context)
     with _tokenizer(source, folder, config) as tokenizer:
         sample = make_sample(texts, tokenizer, length=length)
-    cost = estimate(config, sample.tokens, length, passes=3, head=False)
+    cost = estimate(config, sample.tokens, length, head=False, gptq=True)
     console.note(f"calibration: {sample}; forward passes: {cost}; solving comes on top")
     if path is None:
         console.note("the built-in text is small: --calibration FILE with your own texts gives a better model")

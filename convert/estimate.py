@@ -12,6 +12,8 @@ from koala_local.models.configuration import ModelConfig
 
 from .forward import LOGITS_BYTES, STATES_BYTES, Compute
 
+_SOLVING = 7  # copies of the largest Hessian and of its matrix while GPTQ works on them (measured)
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -35,24 +37,30 @@ def estimate(
     tokens: int,
     sequence: int,
     *,
-    passes: float = 1,
     head: bool = True,
+    gptq: bool = False,
     compute: Compute | None = None,
 ) -> Estimate:
-    """What `passes` passes of `tokens` tokens in sequences of `sequence` take here, from a short measurement of matrix
-    products. Reading the weights is not counted: a slow disk adds its own time."""
-    attention = config.hidden_size * config.head_size * (config.heads + config.kv_heads) * 2
-    layer = attention + 3 * config.hidden_size * config.feed_forward_size
-    vocabulary = config.vocabulary_size * config.hidden_size
+    """What a pass of `tokens` tokens in sequences of `sequence` takes here, from a short measurement of matrix
+    products; with `gptq` that which collects Hessians, and the memory to solve them. Reading the weights is not
+    counted: a slow disk adds its own time."""
+    hidden, feed_forward = config.hidden_size, config.feed_forward_size
+    attention = hidden * config.head_size * (config.heads + config.kv_heads) * 2
+    layer = attention + 3 * hidden * feed_forward
+    # The outer products of each group's inputs, and gate and up once more.
+    hessians = (3 * hidden**2 + feed_forward**2 + 2 * hidden * feed_forward) * gptq
+    vocabulary = config.vocabulary_size * hidden
     scores = 2 * min(sequence, tokens) * config.heads * config.head_size  # q k and p v, each half because causal
-    work = 2 * tokens * (config.layers * layer * passes + vocabulary * head) + tokens * scores * config.layers * passes
-    states = 4 * tokens * config.hidden_size
-    wide = 4 * sequence * (3 * config.feed_forward_size + 6 * config.hidden_size)
+    work = 2 * tokens * (config.layers * (layer + hessians) + vocabulary * head) + tokens * scores * config.layers
+    states = 4 * tokens * hidden
+    wide = 4 * sequence * (3 * feed_forward + 6 * hidden)
     logits = min(LOGITS_BYTES, 4 * tokens * config.vocabulary_size)
     kept = 0 if states > STATES_BYTES else states
-    read = 2 * config.hidden_size * config.feed_forward_size  # one matrix as it was stored
-    peak = kept + max(4 * layer + read + wide, (2 * vocabulary + logits) * head)
-    return Estimate(tokens, work / _flops_per_second(compute or Compute()), peak, states - kept)
+    read = 2 * hidden * feed_forward  # one matrix as it was stored
+    solving = _SOLVING * 4 * feed_forward * (feed_forward + hidden) * gptq
+    copies = 2 if gptq else 1  # of the states
+    peak = kept * copies + max(4 * layer + max(read + wide, solving), (2 * vocabulary + logits) * head)
+    return Estimate(tokens, work / _flops_per_second(compute or Compute()), peak, (states - kept) * copies)
 
 
 def _flops_per_second(compute: Compute) -> float:

@@ -276,22 +276,22 @@ def trained() -> InMemory:
     return InMemory(frame.config, {name: tensor.detach() for name, tensor in model.state_dict().items()})
 
 
-def perplexity(checkpoint: InMemory) -> float:
+def predictions(checkpoint: InMemory) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of every byte of the held text, (predictions, 256), and the bytes that came."""
     text = builtin_held_out().documents[0]
     assert isinstance(text, str)
     batches = list(byte_batches(text))[:60]
     head = Head.read(checkpoint)
-    losses = [
-        functional.cross_entropy(torch.cat(list(head.logits(hidden)))[:-1], ids[0, 1:])
-        for ids, hidden in zip(batches, stream_layers(checkpoint, batches), strict=True)
-    ]
-    return math.exp(torch.stack(losses).mean())
+    logits = [torch.cat(list(head.logits(hidden)))[:-1] for hidden in stream_layers(checkpoint, batches)]
+    return torch.cat(logits).double().log_softmax(-1), torch.cat([ids[0, 1:] for ids in batches])
 
 
-@pytest.mark.parametrize(("bits", "least"), [(2, 1.0), (3, 0.999), (4, 0.999)])  # 4 bits cost less than luck gives
-def test_perplexity_lies_between_the_source_s_and_plain_rounding_s(
-    trained: InMemory, tmp_path: Path, tokenizer: Path, bits: int, least: float
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_trained_model_loses_less_than_by_plain_rounding(
+    trained: InMemory, tmp_path: Path, tokenizer: Path, bits: int
 ) -> None:
+    """Divergence from the source, and perplexity: source < GPTQ < nearest. At 8 bits both are as near to the source as
+    float16 embeddings are, and which perplexity is lower is luck: rounding's lies below the source's here."""
     text = builtin_calibration().documents[0]
     assert isinstance(text, str)
     batches = list(byte_batches(text))[:64]
@@ -301,12 +301,20 @@ def test_perplexity_lies_between_the_source_s_and_plain_rounding_s(
         name: nearest(tensor, bits, size[tensor.shape[1]]) if "_proj" in name else tensor
         for name, tensor in trained.state.items()
     }
-    source = perplexity(trained)
-    rounded = perplexity(InMemory(trained.config, state))
-    ours = perplexity(dequantized(result.folder, trained, bits))
-    assert source < 40  # it has learned: chance is 256
-    assert source * least <= ours < rounded
-    assert math.log(ours / source) < 0.7 * math.log(rounded / source)
+    source, came = predictions(trained)
+    rounded, _ = predictions(InMemory(trained.config, state))
+    ours, _ = predictions(dequantized(result.folder, trained, bits))
+
+    def perplexity(found: torch.Tensor) -> float:
+        return math.exp(-found.gather(1, came[:, None]).mean())
+
+    def divergence(found: torch.Tensor) -> float:
+        return float((source.exp() * (source - found)).sum(-1).mean())
+
+    assert perplexity(source) < 40  # it has learned: chance is 256
+    assert divergence(ours) < 0.4 * divergence(rounded)
+    if bits < 8:
+        assert perplexity(source) < perplexity(ours) < perplexity(rounded)
 
 
 def test_the_engine_runs_what_was_written(tmp_path: Path) -> None:

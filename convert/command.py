@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ import click
 
 from koala_local import console
 from koala_local.errors import KoalaError
-from koala_local.models.cache import name_of
 
 from .publish import publish, unverified
 
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 _BITS = ("2", "3", "4", "5", "6", "8")
 _HELD_LENGTH = 512  # tokens of a sequence of the held text
 _VERIFY_SECONDS = 180.0  # what the source's forward pass may take
-_CALIBRATION_LENGTH, _CALIBRATION_SEQUENCES = 512, 64
+_SAMPLE, _GPTQ_SAMPLE = (512, 64), (2048, 128)  # tokens of a calibration sequence, sequences at most
 _EXISTING = click.Path(exists=True, path_type=Path)
 
 
@@ -102,6 +100,8 @@ def _quantize_to_gguf(source: Path, options: dict[str, Any]) -> None:
 
 
 def _quantize_to_gptq(source: Path, options: dict[str, Any]) -> None:
+    from math import prod
+
     from .gptq import GptqSettings
     from .gptq_checkpoint import quantize_gptq
 
@@ -112,12 +112,18 @@ def _quantize_to_gptq(source: Path, options: dict[str, Any]) -> None:
     out = options["output"] or Path(f"{_stem(source)}-gptq-{options['bits']}bit")
     _refuse_existing(out, options)
     folder = options["tokenizer"] or checkpoint.tokenizer_folder
-    sample = _gptq_sample(options["calibration"], source, folder, checkpoint.config)
+    sample = _calibration_sample(source, folder, checkpoint.config, options)
     settings = GptqSettings(bits=int(options["bits"]), group_size=int(options["group_size"]))
-    with console.progress("quantizing", "matrix") as step:
+    compared: dict[str, Any] = {}
+    with ExitStack() as bar:
+        step = bar.enter_context(console.progress("quantizing", "matrix"))
 
         def tell(name: str, done: int, total: int) -> None:
             step(done, total, name)
+
+        def check(written: Path) -> None:
+            bar.close()  # the comparison has bars of its own
+            compared.update(_compared(checkpoint, source, folder, written, f"GPTQ-{options['bits']}", options))
 
         made = quantize_gptq(
             checkpoint,
@@ -127,63 +133,62 @@ def _quantize_to_gptq(source: Path, options: dict[str, Any]) -> None:
             tokenizer_folder=folder,
             force=options["force"],
             progress=tell,
+            check=check,
         )
-    report = _gptq_report(source, checkpoint, out, made.size, str(sample), options)
+    parameters = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
+    report = _report(
+        checkpoint.config,
+        out.name,
+        format="GPTQ",
+        kind=f"{options['bits']} bits, groups of {options['group_size']}",
+        size=made.size,
+        parameters=parameters,
+        bits_per_weight=8 * made.size / parameters,
+        source=_stem(source),
+        calibration=str(sample),
+        notes=made.notes,
+        **compared,
+    )
     publish(report, out, as_json=options["as_json"])
 
 
-def _gptq_sample(path: Path | None, source: Path, folder: Path | None, config: ModelConfig) -> Sample:
+def _calibration_sample(source: Path, folder: Path | None, config: ModelConfig, options: dict[str, Any]) -> Sample:
+    """What --calibration names; for GPTQ, which cannot do without, the built-in text is the default."""
     from .calibration import builtin_calibration, make_sample, read_texts
     from .estimate import estimate
 
-    texts, longest = (read_texts(path), 2048) if path else (builtin_calibration(), _CALIBRATION_LENGTH)
+    path, gptq = options["calibration"], options["layout"] == "gptq"
+    longest, most = _GPTQ_SAMPLE if gptq and path else _SAMPLE
     length = min(longest, config.context)
     with _tokenizer(source, folder, config) as tokenizer:
-        sample = make_sample(texts, tokenizer, length=length)
-    cost = estimate(config, sample.tokens, length, head=False, gptq=True)
-    console.note(f"calibration: {sample}; forward passes: {cost}; solving comes on top")
+        sample = make_sample(read_texts(path) if path else builtin_calibration(), tokenizer, length=length, most=most)
+    cost = estimate(config, sample.tokens, length, head=False, gptq=gptq)
+    console.note(f"calibration: {sample}; {cost}" + ("; solving the layers comes on top" if gptq else ""))
     if path is None:
         console.note("the built-in text is small: --calibration FILE with your own texts gives a better model")
     return sample
 
 
-def _gptq_report(
-    source: Path, checkpoint: Checkpoint, out: Path, size: int, calibrated: str, options: dict[str, Any]
-) -> Report:
-    from math import prod
-
+def _report(config: ModelConfig, name: str, *, size: int, **figures: Any) -> Report:
     from .report import Report, card_fit
-    from .verify import VerificationError
 
-    kind = f"GPTQ-{options['bits']}"
-    parameters = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
-    comparison, held = None, ""
-    if not options["no_verify"]:
-        folder = options["tokenizer"] or checkpoint.tokenizer_folder
-        try:
-            comparison, held = _verify(checkpoint, source, folder, out, kind)
-        except VerificationError:
-            shutil.rmtree(out)
-            raise
-    return Report(
-        name=checkpoint.config.name or out.name,
-        format="GPTQ",
-        kind=f"{options['bits']} bits, groups of {options['group_size']}",
-        size=size,
-        parameters=parameters,
-        bits_per_weight=8 * size / parameters,
-        source=_stem(source),
-        licence=checkpoint.config.licence,
-        fits=card_fit(size, checkpoint.config),
-        comparison=comparison,
-        sample=held,
-        calibration=calibrated,
-    )
+    fits = card_fit(size, config)
+    return Report(name=config.name or name, licence=config.licence, size=size, fits=fits, **figures)
+
+
+def _compared(
+    checkpoint: Checkpoint, source: Path, folder: Path | None, written: Path, kind: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What a report says of the quality. Raises VerificationError."""
+    if options["no_verify"]:
+        return {}
+    comparison, held = _verify(checkpoint, source, folder, written, kind)
+    return {"comparison": comparison, "sample": held}
 
 
 def _stem(source: Path) -> str:
     path = source.resolve()
-    return name_of(path) if path.is_dir() else path.stem
+    return path.name if path.is_dir() else path.stem
 
 
 def _quantize_gguf(
@@ -197,7 +202,6 @@ def _quantize_gguf(
 ) -> Report:
     from .gguf import Progress, write_gguf
     from .importance import importance_matrix, read_imatrix
-    from .report import Report, card_fit
 
     config = checkpoint.config
     folder = options["tokenizer"] or checkpoint.tokenizer_folder
@@ -208,7 +212,7 @@ def _quantize_gguf(
     if options["imatrix"]:
         importance, calibrated = read_imatrix(options["imatrix"]), options["imatrix"].name
     elif options["calibration"]:
-        sample = _calibration_sample(options["calibration"], source, folder, config)
+        sample = _calibration_sample(source, folder, config, options)
         calibrated = str(sample)
         with console.progress("calibrating", "layer") as step:
             importance = importance_matrix(checkpoint, sample.batches(), step)
@@ -228,22 +232,20 @@ def _quantize_gguf(
             progress=tell,
             force=True,
         )
-    comparison, held = (None, "") if options["no_verify"] else _verify(checkpoint, source, folder, written, kind)
-    return Report(
-        name=config.name or name,
+    compared = _compared(checkpoint, source, folder, written, kind, options)
+    return _report(
+        config,
+        name,
         format="GGUF",
         kind=kind,
         size=made.size,
         parameters=made.parameters,
         bits_per_weight=made.bits_per_weight,
         source=_stem(source),
-        licence=config.licence,
-        fits=card_fit(made.size, config),
-        comparison=comparison,
-        sample=held,
         calibration=calibrated,
         notes=made.notes,
         kernels=made.kernels,
+        **compared,
     )
 
 
@@ -278,17 +280,6 @@ def _tokenizer(source: Path, folder: Path | None, config: ModelConfig) -> Iterat
 
         tokenizer = GptqTokenizer(folder, Expected(config.vocabulary_size, config.bos, config.eos))
         yield Tokenizer(tokenizer.tokenize, tokenizer.vocabulary.bos, tokenizer.vocabulary.eos)
-
-
-def _calibration_sample(path: Path, source: Path, folder: Path | None, config: ModelConfig) -> Sample:
-    from .calibration import make_sample, read_texts
-    from .estimate import estimate
-
-    with _tokenizer(source, folder, config) as tokenizer:
-        sample = make_sample(read_texts(path), tokenizer, length=_CALIBRATION_LENGTH, most=_CALIBRATION_SEQUENCES)
-    cost = estimate(config, sample.tokens, _CALIBRATION_LENGTH, head=False)
-    console.note(f"calibration: {sample}; {cost}")
-    return sample
 
 
 def _verify(

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from koala_local.models.configuration import ModelConfig
+from koala_local.models.page import size
 
 from .forward import LOGITS_BYTES, STATES_BYTES, Compute
 
@@ -25,10 +26,10 @@ class Estimate:
     disk: int
 
     def __str__(self) -> str:
-        spilled = f", {self.disk / 1e9:.1f} GB of temporary file" if self.disk else ""
+        spilled = f", {size(self.disk)} of temporary file" if self.disk else ""
         return (
             f"{self.tokens:,} tokens, about {_duration(self.seconds)}, "
-            f"at most about {self.memory / 1e9:.1f} GB of memory{spilled}"
+            f"at most about {size(self.memory)} of memory{spilled}"
         )
 
 
@@ -64,13 +65,13 @@ def estimate(
 
 
 def _flops_per_second(compute: Compute) -> float:
-    size = 1024 if compute.device == "cpu" else 4096
-    x = torch.ones(256, size, device=compute.device, dtype=compute.dtype)
-    w = torch.ones(size, size, device=compute.device, dtype=compute.dtype)
+    side = 1024 if compute.device == "cpu" else 4096
+    x = torch.ones(256, side, device=compute.device, dtype=compute.dtype)
+    w = torch.ones(side, side, device=compute.device, dtype=compute.dtype)
     functional.linear(x, w).sum().item()
     start = time.perf_counter()
     sum(functional.linear(x, w) for _ in range(4)).sum().item()  # type: ignore[union-attr]
-    return 4 * 2 * 256 * size * size / (time.perf_counter() - start)
+    return 4 * 2 * 256 * side * side / (time.perf_counter() - start)
 
 
 def _duration(seconds: float) -> str:

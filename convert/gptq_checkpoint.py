@@ -51,6 +51,7 @@ from .gptq_folder import (
 from .pack import BITS, PARTS, check_size, pack, unpack
 from .rotary import rotary_table
 from .safetensors_writer import write_json, write_sharded
+from .verify import VerificationError
 
 Progress = Callable[[str, int, int], None]  # (linear layer, how many are done, how many there are)
 
@@ -69,6 +70,22 @@ class GptqResult:
     errors: Mapping[str, float]
     damped: Mapping[str, float]
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing, for a report."""
+        notes = []
+        if self.errors and not self.resumed:
+            worst = max(self.errors, key=lambda name: self.errors[name])
+            mean = sum(self.errors.values()) / len(self.errors)
+            notes.append(
+                f"outputs of the linear layers are off by {mean:.2%} of their square, most in {worst}: "
+                f"{self.errors[worst]:.2%}"
+            )
+        if self.damped:
+            most = max(self.damped, key=lambda name: self.damped[name])
+            notes.append(f"{len(self.damped)} linear layers took more damping, {most} most: {self.damped[most]:g}")
+        return tuple(notes)
+
 
 def quantize_gptq(
     checkpoint: Checkpoint,
@@ -80,10 +97,12 @@ def quantize_gptq(
     force: bool = False,
     compute: Compute | None = None,
     progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> GptqResult:
     """Write `checkpoint` to the new folder `out`, its linear layers quantized on `batches` of calibration tokens,
     (batch, tokens) each. With `force` an existing `out` is replaced once the new one is complete, and what another run
-    left is thrown away. Computes on the GPU where there is one, unless `compute` says otherwise.
+    left is thrown away. Computes on the GPU where there is one, unless `compute` says otherwise. `check` may look at
+    the complete folder before it gets its name; where it raises VerificationError, nothing is left of it.
 
     Raises ModelFileError for what is wrong with the checkpoint, KoalaError when `out` exists, when a run with other
     settings was stopped here, or when nothing can be written."""
@@ -103,7 +122,12 @@ def quantize_gptq(
         run = _Run(checkpoint, settings, compute, partial, progress)
         run.layers(batches)
         size = run.finish(folder)
+        if check:
+            check(partial)
         publish(partial, out)
+    except VerificationError:
+        shutil.rmtree(partial)
+        raise
     except OSError as error:
         what = f"{str(out)!r} cannot be written: {error.strerror or error}"
         raise KoalaError(what, "free some space or check the folder, then run the same command: it goes on") from None

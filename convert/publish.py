@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koala_local import console
+from koala_local.models.page import size
 
 if TYPE_CHECKING:
     from .report import Report
@@ -40,7 +41,7 @@ def publish(report: Report, out: Path, *, as_json: bool) -> None:
     if as_json:
         console.out(report.to_json().rstrip("\n"))
         return
-    console.out(f"{out}  {report.kind}, {report.size / 1e9:.3f} GB, {report.bits_per_weight:.2f} bits a weight")
+    console.out(f"{out}  {report.kind}, {size(report.size)}, {report.bits_per_weight:.2f} bits a weight")
     if (c := report.comparison) is not None:
         console.out(
             f"perplexity {c.perplexity:.4f}, source {c.source_perplexity:.4f}; KL divergence {c.kl_mean:.5f}; "

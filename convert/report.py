@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from koala_local.models.configuration import ModelConfig
+from koala_local.models.page import size
 
 from .verify import Comparison
 
@@ -50,10 +51,10 @@ def card_fit(weight_bytes: int, config: ModelConfig, context: int = 2048) -> tup
     widest = config.vocabulary_size + 2 * config.feed_forward_size + 4 * config.hidden_size
     compute = (_RUNTIME + 4 * min(_MICRO_BATCH, context) * widest) / _GIB
     fits = []
-    for kv_type, size in _KV_BYTES.items():
-        total = weight_bytes / _GIB + numbers * size / _GIB + compute
+    for kv_type, width in _KV_BYTES.items():
+        total = weight_bytes / _GIB + numbers * width / _GIB + compute
         cards = tuple(card for card in CARDS if total <= card - _RESERVED)
-        fits.append(CardFit(kv_type, context, weight_bytes / _GIB, numbers * size / _GIB, compute, cards))
+        fits.append(CardFit(kv_type, context, weight_bytes / _GIB, numbers * width / _GIB, compute, cards))
     return tuple(fits)
 
 
@@ -107,7 +108,7 @@ class Report:
         rows = [
             f"- Format: {self.format} {_plain(self.kind)}",
             f"- Weights: {self.parameters:,}, {self.bits_per_weight:.2f} bits each",
-            f"- Size: {self.size:,} bytes ({self.size / 1e9:.2f} GB)",
+            f"- Size: {self.size:,} bytes ({size(self.size)})",
         ]
         if self.calibration:
             rows.append(f"- Calibrated on {_plain(self.calibration)}")

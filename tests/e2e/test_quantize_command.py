@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +136,23 @@ def test_a_folder_that_is_not_quantized_is_refused(tmp_path: Path, checkpoint: P
     result = koala(tmp_path / "home", "chat", checkpoint, "-p", "hi")
     assert result.returncode == 1
     assert result.stderr.startswith(b"koala: error: ")
+
+
+def test_a_broken_gptq_result_leaves_no_folder_and_does_not_touch_an_old_one(tmp_path: Path, checkpoint: Path) -> None:
+    """A bound that nothing meets stands in for a broken quantization."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    code = (
+        "from koala_local.convert import verify\n"
+        "verify.KL_BOUNDS['GPTQ-2'] = 1e-9\n"
+        "from koala_local import console\n"
+        "from koala_local.convert.command import quantize\n"
+        "raise SystemExit(console.run(lambda: quantize.main(standalone_mode=False)))\n"
+    )
+    arguments = [str(checkpoint), "-o", str(out), "--format", "gptq", "--bits", "2", "--force"]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)
+    assert result.returncode == 1
+    assert b"KL divergence" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]

@@ -4,7 +4,7 @@ loop over llama.cpp with the same sampler chain, and against streaming from the 
 Ledger and bare loop take turns about every 64 tokens of one long reply, at the same positions, so that whatever else
 the machine does meets both; the ratio is the median over these slices. The Python time per token comes from a second
 reply in which llama.cpp's decode and sample are timed: what is left of the loop is Python, with the bare loop's own
-beside it. Reading a model's weights pushes everything else out of the processor's caches, so this is mostly the time to
+beside it. Reading a model's weights pushes all else out of the processor's caches, so this is mostly the time to
 fetch what Python touches, more behind a larger model and a longer history. Whether anything is done again for every
 token written so far shows in a third reply, in which llama.cpp's part is left out.
 """

@@ -242,7 +242,7 @@ def _check_unchanged(source: Source, response: httpx2.Response) -> None:
     """Raise where the hub, in what it says before it sends elsewhere for a large file, names another hash or size."""
     for answer in response.history:
         etag, size = answer.headers.get("X-Linked-Etag", ""), answer.headers.get("X-Linked-Size", "")
-        if etag.strip('"') not in ("", source.oid) or size not in ("", str(source.size)):
+        if etag.removeprefix("W/").strip('"') not in ("", source.oid) or size not in ("", str(source.size)):
             what = f"{source.name} on the hub has changed: other size or hash than its listing says"
             raise HubError(what, "try again; if it stays so, the server is at fault")
 

@@ -11,6 +11,7 @@ from koala_local.errors import ModelFileError
 
 _START = 512  # bytes looked at
 _GET_GGUF = "get the model as a .gguf file"
+_MAKE_GGUF = "get the model as a .gguf file, or make one: koala quantize FOLDER --bits 4"
 _AGAIN = "give the path of a .gguf model file"
 _OLD = "in the old {} format (.ggml, .ggmlv3), which llama.cpp no longer reads"
 _CONVERTED = "get the model as GGUF; Koala 13B is in mradermacher/koala-13B-HF-GGUF on the Hugging Face hub"
@@ -20,8 +21,8 @@ _KINDS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (  # first bytes in low
     ((b"tjgg",), _OLD.format("ggjt"), _CONVERTED),
     ((b"version https://git-lfs",), "a Git LFS pointer, not the model itself", "fetch the model with `git lfs pull`"),
     ((b"<!doctype", b"<html", b"<?xml"), "a web page, not a model", _AGAIN),
-    ((b"pk\x03\x04",), "a zip archive, perhaps a PyTorch checkpoint, not a GGUF", _GET_GGUF),
-    ((b"\x80\x02", b"\x80\x03", b"\x80\x04"), "a Python pickle, perhaps a PyTorch checkpoint, not a GGUF", _GET_GGUF),
+    ((b"pk\x03\x04",), "a zip archive, perhaps a PyTorch checkpoint, not a GGUF", _MAKE_GGUF),
+    ((b"\x80\x02", b"\x80\x03", b"\x80\x04"), "a Python pickle, perhaps a PyTorch checkpoint, not a GGUF", _MAKE_GGUF),
     ((b"\0" * _START,), "full of zeros at its start: a download that was never completed", _AGAIN),
 )
 
@@ -65,7 +66,7 @@ def _kind(start: bytes, size: int) -> tuple[str, str]:
     if not start:
         return "empty", _AGAIN
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-        return "a safetensors checkpoint, not a GGUF", _GET_GGUF
+        return "a safetensors checkpoint, not a GGUF", _MAKE_GGUF
     lowered = start.lstrip().lower()
     for prefixes, kind, hint in _KINDS:
         if lowered.startswith(prefixes):

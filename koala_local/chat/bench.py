@@ -177,18 +177,19 @@ def ask_peer(path: Path, prefill: Sequence[int], decode: Sequence[int], placemen
 
 def read_peer(output: str) -> Peer:
     """What `llama-bench -o json` prints: an array of one object a test (llama.cpp's tools/llama-bench/README.md). With
-    `n_prompt` alone it is prefill, with `n_gen` alone decode; `avg_ts` is in tokens a second."""
+    `n_prompt` alone it is prefill, with `n_gen` alone decode; `samples_ts` are tokens a second, one for each run."""
     match = re.search(r"^\[.*^\]", output, re.MULTILINE | re.DOTALL)
     try:
         tests = json.loads(match[0]) if match else []
     except ValueError:
         tests = []
-    found, build = {}, ""
+    found: dict[tuple[str, int], float] = {}
+    build = ""
     for test in tests:
-        if not isinstance(test, dict) or test.get("n_depth"):
+        try:
+            read, written, speeds = test["n_prompt"], test["n_gen"], [float(speed) for speed in test["samples_ts"]]
+            found["prefill" if read else "decode", int(read or written)] = median(speeds)
+            build = str(test["build_commit"])
+        except (TypeError, KeyError, ValueError):
             continue
-        read, written, speed = (test.get(key) for key in ("n_prompt", "n_gen", "avg_ts"))
-        if type(read) is int and type(written) is int and isinstance(speed, int | float) and 0 in (read, written):
-            found["prefill" if read else "decode", read or written] = float(speed)
-            build = str(test.get("build_commit", ""))
     return Peer(found, build)

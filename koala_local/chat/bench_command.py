@@ -76,7 +76,8 @@ def _peer(loaded: LoadedModel, prefill: list[int], decode: list[int]) -> Peer | 
     if peer and peer.problem:
         console.warn(f"llama-bench measured nothing: {peer.problem}")
     elif peer and peer.build:
-        console.note(f"llama-bench is of llama.cpp {peer.build}, this program has {ggml_version() or 'an unknown one'}")
+        ours = ggml_version() or "an unknown one"
+        console.note(f"llama-bench is of commit {peer.build} of llama.cpp, the library here is ggml {ours}")
     return peer
 
 

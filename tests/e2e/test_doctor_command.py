@@ -10,7 +10,7 @@ import pytest
 
 from tests.e2e.test_chat_command import koala
 from tests.gguf_maker import make_model
-from tests.unit.chat.test_bench import TESTS, fake_peer
+from tests.unit.chat.test_bench import OUTPUT, PEER, fake_peer
 
 
 @pytest.fixture
@@ -73,16 +73,20 @@ def test_show_survives_hostile_headers(home: Path, tmp_path: Path, model: Path) 
 
 
 def test_bench_beside_llama_bench(home: Path, tmp_path: Path, model: Path) -> None:
-    (tmp_path / "answer.json").write_text(json.dumps(TESTS, indent=2))
-    fake_peer(tmp_path / "bin", f"cat {tmp_path}/answer.json")
+    fake_peer(tmp_path / "bin", f"cat {OUTPUT}")
     arguments = ("bench", model, "--prefill", "64", "--decode", "128", "--turns", "3")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     done = koala(home, *arguments, PATH=path)
     page = done.stdout.decode()
     assert done.returncode == 0, done.stderr.decode()
-    assert "LLAMA-BENCH" in page and "118.9" in page and "FIRST TOKEN" in page and "resume" in page
+    assert (
+        "LLAMA-BENCH" in page
+        and f"{PEER.speeds['decode', 128]:.1f}" in page
+        and "FIRST TOKEN" in page
+        and "resume" in page
+    )
     found = json.loads(koala(home, *arguments, "--json", PATH=path).stdout)
-    assert [speed["peer"] for speed in found["speeds"]] == [None, 118.881588]
+    assert [speed["peer"] for speed in found["speeds"]] == [*PEER.speeds.values()]
     assert len(found["turns"]) == 3 and found["resume"]["tokens"] > 0 and found["peak_bytes"] > 0
 
 

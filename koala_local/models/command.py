@@ -37,7 +37,7 @@ def pull(reference: str, only_list: bool) -> None:
     found: Path | None = path
     if resolve.has_model(path):
         for model in store.register(path):
-            console.note(f"registered {model.reference}: {_next_step(model.runs, model.reference, model.path)}")
+            console.note(f"registered {model.reference}; {_next_step(model.runs, model.reference, model.path)}")
     elif wanted is not None:
         found = fetch(reference, wanted, only_list=only_list)
     elif ":" in reference or "@" in reference:
@@ -52,8 +52,8 @@ def pull(reference: str, only_list: bool) -> None:
 def _next_step(runs: bool, reference: str, path: Path) -> str:
     """What to do with a model that is here now."""
     if runs:
-        return f"koala chat {reference}"
-    return f"an unquantized checkpoint; koala quantize {shlex.quote(str(path))} --bits 4 makes a model to chat with"
+        return f"to talk to it: koala chat {reference}"
+    return f"an unquantized checkpoint: koala quantize {shlex.quote(str(path))} --bits 4 makes a model to chat with"
 
 
 def fetch(text: str, wanted: HubReference, *, only_list: bool = False, to_run: bool = False) -> Path | None:

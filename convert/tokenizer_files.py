@@ -13,7 +13,6 @@ from koala_local.models.json_file import parse_object
 _MIB = 2**20
 LIMITS = {"tokenizer.json": 128 * _MIB, "tokenizer.model": 64 * _MIB}
 _OTHER_LIMIT = 16 * _MIB
-_TEMPLATE_LIMIT = _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,21 +83,3 @@ def special_text(settings: Mapping[str, Any], key: str) -> str:
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else ""
-
-
-def chat_template(folder: Path) -> str | None:
-    """The checkpoint's own template: chat_template.jinja, else the default one of tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    template: Any = None
-    if path.is_file():
-        template = read_bytes(path).decode("utf-8", "replace")
-    else:
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(template, list):
-            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-            template = named.get("default")
-    if not isinstance(template, str) or not template:
-        return None
-    if len(template) > _TEMPLATE_LIMIT:
-        raise ModelFileError(f"the chat template in {folder} is larger than 1 MiB", "no honest template is that large")
-    return template

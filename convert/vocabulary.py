@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from koala_local.dialogue import KOALA_TEMPLATE
 from koala_local.errors import ModelFileError
-from koala_local.models.configuration import ModelConfig
+from koala_local.models.configuration import ModelConfig, read_template
 
 from .pretokenizers import byte_level_pre, is_byte_level, space_prefix
 from .sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, parse_sentencepiece
-from .tokenizer_files import AddedToken, added_tokens, chat_template, read_bytes, read_json, special_text
+from .tokenizer_files import AddedToken, added_tokens, read_bytes, read_json, special_text
 
 _SPACE = "\u2581"
 _BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
@@ -318,7 +318,7 @@ def _add_bos(settings: Mapping[str, Any], trained: _Trained, bos: int | None) ->
 
 
 def _template(folder: Path, config: ModelConfig, notes: list[str]) -> str | None:
-    template = chat_template(folder)
+    template = read_template(folder)
     if template is None and ("koala" in config.name.lower() or "koala" in folder.name.lower()):
         notes.append("the checkpoint has no chat template: Koala's was written")
         return KOALA_TEMPLATE

@@ -14,7 +14,7 @@ from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.errors import ModelFileError, OutOfMemoryError
 from koala_local.models import cache
 from koala_local.models.card import read_card
-from koala_local.models.configuration import refuse_unquantized
+from koala_local.models.configuration import read_template, refuse_unquantized
 from koala_local.models.devices import this_machine
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probing
@@ -168,16 +168,8 @@ def _choose_format(
         template,
         model_name=header.name if header else "",
         file_name=cache.name_of(path),
-        template=header.chat_template if header else _folder_template(path),
+        template=header.chat_template if header else read_template(path),
         vocabulary=vocabulary,
         bos_text=texts.get(vocabulary.bos, "") if vocabulary.bos is not None else "",
         eos_text=texts.get(vocabulary.eos, "") if vocabulary.eos is not None else "",
     )
-
-
-def _folder_template(folder: Path) -> str | None:
-    """The chat template of a Hugging Face folder."""
-    from koala_local.models.json_file import read_optional
-
-    template = read_optional(folder / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None

@@ -22,6 +22,7 @@ _ARCHITECTURES = {
 _MISTRAL_DEFAULTS: Mapping[str, Any] = {"num_key_value_heads": 8, "sliding_window": 4096}
 _SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 _LARGEST = 1 << 31
+_TEMPLATE_LIMIT = 1 << 20  # bytes
 _SHOWN = 80
 _SUPPORTED = "LlamaForCausalLM and MistralForCausalLM models are supported"
 _REPAIR = "get the configuration again from where the model is published"
@@ -147,6 +148,24 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     2023; {} where they are not. Raises ModelFileError."""
     found = Settings(read_optional(folder / "config.json"), "config.json").mapping("quantization_config")
     return found or read_optional(folder / "quantize_config.json")
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template of a checkpoint's folder: chat_template.jinja, else the default one of tokenizer_config.json.
+    Raises ModelFileError for one that is too large."""
+    try:
+        with (folder / "chat_template.jinja").open("rb") as file:
+            template: Any = file.read(_TEMPLATE_LIMIT + 1).decode("utf-8", "replace")
+    except FileNotFoundError:
+        template = read_optional(folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):
+            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            template = named.get("default")
+    if not isinstance(template, str) or not template:
+        return None
+    if len(template) > _TEMPLATE_LIMIT:
+        raise ModelFileError(f"the chat template in {folder} is larger than 1 MiB", "no honest template is that large")
+    return template
 
 
 def refuse_unquantized(folder: Path) -> None:

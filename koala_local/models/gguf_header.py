@@ -17,11 +17,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO, NoReturn
 
-from koala_local.errors import ModelFileError
+from koala_local.errors import DAMAGED, ModelFileError
 from koala_local.models.file_kind import open_gguf
 from koala_local.models.gguf_types import ARRAY, NO_KERNEL, SCALARS, STRING, TENSOR_TYPES
 
-_DAMAGED = "the file is damaged or was not downloaded completely: download it again"
 _HEADER_LIMIT = 32 << 20  # bytes; twice what 260 000 tokens and 500 000 merges take. Bounds the time a header can cost
 _KEPT_ARRAY = 256  # elements; longer arrays (vocabularies) are checked and skipped
 _NAME_LIMIT = 64  # bytes of a tensor's name in ggml, its final NUL included
@@ -129,7 +128,7 @@ class _Reader:
         self.at = 4  # after the magic
         self.end = min(len(data), _HEADER_LIMIT)
 
-    def fail(self, what: str, at: int | None = None, hint: str = _DAMAGED) -> NoReturn:
+    def fail(self, what: str, at: int | None = None, hint: str = DAMAGED) -> NoReturn:
         raise ModelFileError(f"{str(self.path)!r}: {what} (byte {self.at if at is None else at})", hint)
 
     def need(self, count: int, what: str) -> None:
@@ -291,9 +290,9 @@ def _check_computable(header: GgufHeader) -> None:
     for key, value in header.metadata.items():
         if key.endswith("_epsilon") and not (isinstance(value, float) and 0 <= value < math.inf):
             what = f"metadata entry {key[:_SHOWN]!r} cannot be {str(value)[:_SHOWN]!r}"
-            raise ModelFileError(f"{str(header.path)!r}: {what}", _DAMAGED)
+            raise ModelFileError(f"{str(header.path)!r}: {what}", DAMAGED)
     no_kernel = NO_KERNEL | {"I32"} if header.architecture == "llama" else NO_KERNEL
     for tensor in header.tensors:
         if tensor.type in no_kernel or (tensor.type != "F32" and tensor.name.endswith(_F32_ONLY)):
             what = f"tensor {tensor.name!r} is of type {tensor.type}, which llama.cpp cannot compute with there"
-            raise ModelFileError(f"{str(header.path)!r}: {what}", _DAMAGED)
+            raise ModelFileError(f"{str(header.path)!r}: {what}", DAMAGED)

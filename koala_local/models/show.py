@@ -118,14 +118,12 @@ def _vocabulary(header: GgufHeader) -> int | None:
 
 
 def _describe_folder(folder: Path) -> About:
-    from koala_local.models.configuration import read_configuration, read_quantization
-    from koala_local.models.json_file import read_optional
+    from koala_local.models.configuration import read_configuration, read_quantization, read_template
     from koala_local.models.safetensors_header import read_folder
 
     config, settings = read_configuration(folder / "config.json", quantized=True), read_quantization(folder)
     pickles = [] if list(folder.glob("*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
     entries = [] if pickles else read_folder(folder)
-    template = read_optional(folder / "tokenizer_config.json").get("chat_template")
     kv = 2 * config.layers * config.kv_heads * config.head_size * 4 * min(config.context, 4096)
     # on a CPU all but the packed weights is computed in 32 bits
     ram = kv + sum(entry.size * (2 if entry.type in ("F16", "BF16") else 1) for entry in entries)
@@ -145,7 +143,7 @@ def _describe_folder(folder: Path) -> About:
         context=config.context,
         vocabulary=config.vocabulary_size,
         tokenizer="SentencePiece" if (folder / "tokenizer.model").is_file() else "tokenizers",
-        template=template if isinstance(template, str) else None,
+        template=read_template(folder),
         licence=read_card(folder).licence or None,
         quantization=_quantization(settings),
         expected_ram=ram if settings else None,

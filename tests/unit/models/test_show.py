@@ -70,6 +70,16 @@ def test_a_gptq_folder(tmp_path: Path) -> None:
     assert about.parameters == 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 2 * 100 * 64 + 64
     assert about.bytes == 15104 and about.plan is None and about.expected_ram
     assert {part.type: part.tensors for part in about.tensor_types} == {"I32": 1, "F16": 2}
+    assert about.template is None
+    (tmp_path / "model" / "tokenizer_config.json").write_text(
+        '{"chat_template": [{"name": "default", "template": "D"}]}'
+    )
+    assert show.describe(tmp_path / "model", HERE, Wish()).template == "D"
+    (tmp_path / "model" / "chat_template.jinja").write_text("J")
+    assert show.describe(tmp_path / "model", HERE, Wish()).template == "J"
+    (tmp_path / "model" / "chat_template.jinja").write_text("J" * (1 << 21))
+    with pytest.raises(ModelFileError, match="larger than 1 MiB"):
+        show.describe(tmp_path / "model", HERE, Wish())
 
 
 def test_a_gptq_folder_in_the_cache_has_its_repositorys_name(tmp_path: Path) -> None:

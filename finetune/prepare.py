@@ -22,8 +22,8 @@ CORPUS = "corpus"
 
 def check_output(out: Path, *, resume: bool) -> None:
     """Raise KoalaError unless a run can begin, or with `resume` go on, in the folder."""
-    if (out / "config.json").exists() and resume:
-        raise KoalaError(f"the run in {str(out)!r} is finished", "train its checkpoint further with --base")
+    if resume:
+        _refuse_finished(out)
     if out.exists() and not out.is_dir():
         raise KoalaError(f"{str(out)!r} is a file", "give another name with -o")
     if not resume and has_begun(out):
@@ -52,11 +52,17 @@ def locked(out: Path) -> Iterator[None]:
 @contextmanager
 def training(out: Path) -> Iterator[None]:
     """The folder for one run at a time: what its first rank holds while it trains. Raises KoalaError where another
-    run goes on in it."""
+    run goes on in it, or came to its end meanwhile."""
     with lock(out / ".running") as alone:
         if not alone:
             raise KoalaError(f"another process is training in {str(out)!r}", "wait until it ends, or stop it first")
+        _refuse_finished(out)
         yield
+
+
+def _refuse_finished(out: Path) -> None:
+    if (out / "config.json").exists():
+        raise KoalaError(f"the run in {str(out)!r} is finished", "train its checkpoint further with --base")
 
 
 def prepare(data: str, out: Path, tokenizer: DialogueTokenizer, raw: Path | None, tell: Tell) -> Path:

@@ -28,7 +28,7 @@ from koala_local.models.json_file import read_optional
 from .examples import Content
 
 _words = re.compile(r"[ \n]*[^ \n]+|[ \n]+").findall  # each with the spaces and line ends before it
-_REMEMBERED, _LONGEST_WORD = 500_000, 64
+_REMEMBERED, _LONGEST_WORD = 200_000, 64  # words at a time, characters of one
 _SUFFIXES = {".model": "tokenizer.model", ".json": "tokenizer.json"}
 
 

@@ -135,6 +135,8 @@ def test_two_runs_in_one_folder(tmp_path: Path, data: Path, tokenizer: Path) -> 
     assert "another process is training" in error.message and error.hint
     assert not (out / "log.jsonl").exists()
     assert run(*new, "--resume") == 0
+    with pytest.raises(KoalaError, match="is finished"), training(out):
+        pass  # it ended while this one came to its start
 
 
 def test_a_tokenizer_is_read_once(tmp_path: Path, data: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """What flash attention costs and gains on the CPU: reading a message, and decoding, behind a long history. And what it
 gains to fill a message up to one tile of it (engine/batch.py).
 
-The engine leaves the choice to llama.cpp (`llama._flash_attention`), which takes it where it can. Processors differ:
-with AVX-512 decoding is faster with it, with AVX2 alone it may be slower.
+Processors differ: with AVX-512 decoding was faster with it, with AVX2 alone it took twice as long. `plain_attention` in
+engine/llama.py chooses by that.
 """
 
 from __future__ import annotations

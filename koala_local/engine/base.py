@@ -6,7 +6,7 @@ slots share `context_size` cells. Where `shares_cells` is true a copied prefix c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -34,8 +34,8 @@ class Vocabulary:
 class Sampler(Protocol):
     """A seeded chain of samplers that has seen the tokens before the reply."""
 
-    sample: Callable[[], int]
-    """Draw the next token from the logits of the last evaluated one, and remember it."""
+    def sample(self) -> int:
+        """Draw the next token from the logits of the last evaluated one, and remember it."""
 
     def close(self) -> None: ...
 

@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from koala_local.engine.base import Vocabulary
 from koala_local.engine.batch import Batch, tiled
 from koala_local.engine.bindings import ll
+from koala_local.engine.llama_sampler import LlamaSampler
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMemoryError
 
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-SLOTS = 16  # one for the active branch, the rest to hold others; a slot without tokens costs nothing
+SLOTS = 15  # one for the active branch, the rest to hold others; a slot without tokens costs nothing
 KV_TYPES = {"f16": ll.GGML_TYPE_F16, "q8_0": ll.GGML_TYPE_Q8_0, "q4_0": ll.GGML_TYPE_Q4_0}
 _FILLER_SLOT = SLOTS  # of tokens that nobody sees, see batch.py
 _BATCH = 512  # tokens that llama.cpp takes at once; on a GPU, where the abort callback does not reach, fewer
 _BATCH_GPU = 128
+_BATCH_PLAIN = 256  # computed at once without flash attention
 _LOGIT_ROWS = 64
 _HANDLES = ("_context", "_model", "_vocab", "_memory")  # of llama.cpp, until the engine is closed
 _log_tail: deque[str] = deque(maxlen=8)
@@ -62,6 +64,14 @@ class Placement:
 def can_offload() -> bool:
     """Whether this build of llama.cpp has a GPU backend and finds a device for it."""
     return bool(ll.llama_supports_gpu_offload())
+
+
+def plain_attention() -> bool:
+    """Whether an f16 KV cache is better read without flash attention here. Quantized ones need it, and it saves memory;
+    but on x86 without AVX-512, behind a long history, a token takes twice as long with it, a message several times as
+    long. With AVX-512 it decodes faster (benchmarks/attention.py)."""
+    features = ll.llama_print_system_info()
+    return not can_offload() and b"AVX2 = 1" in features and b"AVX512 = 1" not in features
 
 
 def physical_cores() -> int:
@@ -105,7 +115,8 @@ class LlamaEngine:
         )
         self._batch, self._step = Batch(_BATCH_GPU if self.gpu_layers else _BATCH, _FILLER_SLOT), Batch(1, _FILLER_SLOT)
         plain = not (ll.llama_model_is_recurrent(self._model) or ll.llama_model_is_hybrid(self._model))
-        self._tiles = plain and not self.gpu_layers and self.kv_type == "f16"  # where llama.cpp has that kernel
+        flash = _flash_attention(self.kv_type) != ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._tiles = flash and plain and not self.gpu_layers and self.kv_type == "f16"  # llama.cpp has a kernel then
         self._width = int(ll.llama_model_n_embd(self._model))
         # llama.cpp polls this many times a token. libc's strlen is such a poll without any Python:
         # the stop flag is a string, empty (0, false) until `interrupt` writes a byte into it.
@@ -266,42 +277,6 @@ class LlamaEngine:
         raise KoalaError("no model is loaded", "/model FILE loads one") if name in _HANDLES else AttributeError(name)
 
 
-class LlamaSampler:
-    """A chain of llama.cpp's own samplers, seeded. Satisfies `Sampler`."""
-
-    def __init__(
-        self, context: Any, vocabulary_size: int, sampling: Sampling, seed: int, before: Sequence[int]
-    ) -> None:
-        self._chain = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
-        for stage in _stages(sampling, seed, vocabulary_size):
-            ll.llama_sampler_chain_add(self._chain, stage)
-        for token in before[-sampling.repeat_last_n :] if sampling.repeat_last_n else ():
-            ll.llama_sampler_accept(self._chain, token)
-        self.sample: Callable[[], int] = partial(ll.llama_sampler_sample, self._chain, context, -1)
-
-    def close(self) -> None:
-        ll.llama_sampler_free(self._chain)
-
-
-def _stages(sampling: Sampling, seed: int, vocabulary_size: int) -> Iterator[Any]:
-    """In llama.cpp's own order: penalties, top-k, top-p, min-p, temperature, draw."""
-    if sampling.repeat_penalty != 1.0 and sampling.repeat_last_n:
-        yield ll.llama_sampler_init_penalties(
-            vocabulary_size, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0
-        )
-    if sampling.temperature == 0.0:
-        yield ll.llama_sampler_init_greedy()
-        return
-    if sampling.top_k:
-        yield ll.llama_sampler_init_top_k(sampling.top_k)
-    if sampling.top_p < 1.0:
-        yield ll.llama_sampler_init_top_p(sampling.top_p, 1)
-    if sampling.min_p > 0.0:
-        yield ll.llama_sampler_init_min_p(sampling.min_p, 1)
-    yield ll.llama_sampler_init_temp(sampling.temperature)
-    yield ll.llama_sampler_init_dist(seed & 0xFFFFFFFF)
-
-
 def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
     """Load with as many layers on the GPU as memory allows: (layers, KV type, model, context)."""
     kv_types = ["f16", "q8_0"] if placement.kv_type == "auto" else [placement.kv_type]
@@ -361,6 +336,8 @@ def _context_params(placement: Placement, kv_type: str) -> Any:
     params = ll.llama_context_default_params()
     params.n_ctx = placement.context
     params.n_batch = params.n_ubatch = _BATCH
+    if _flash_attention(kv_type) == ll.LLAMA_FLASH_ATTN_TYPE_DISABLED:
+        params.n_ubatch = _BATCH_PLAIN  # the scores of all heads take memory
     params.n_seq_max = SLOTS + 1
     params.n_outputs_max = _LOGIT_ROWS  # not fewer than slots; logits of a whole batch would take room on a GPU
     params.kv_unified = True  # copies share cells; without it a partial copy aborts the process
@@ -372,9 +349,10 @@ def _context_params(placement: Placement, kv_type: str) -> Any:
 
 
 def _flash_attention(kv_type: str) -> int:
-    """Quantized V needs flash attention. Otherwise llama.cpp decides by the device. On a CPU it takes it: behind a long
-    history that makes decoding faster, reading a message slower (benchmarks/attention.py); replies are longer."""
-    return int(ll.LLAMA_FLASH_ATTN_TYPE_AUTO if kv_type == "f16" else ll.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+    """Where nothing speaks against it, llama.cpp decides by the device."""
+    if kv_type != "f16":
+        return int(ll.LLAMA_FLASH_ATTN_TYPE_ENABLED)
+    return int(ll.LLAMA_FLASH_ATTN_TYPE_DISABLED if plain_attention() else ll.LLAMA_FLASH_ATTN_TYPE_AUTO)
 
 
 def _decode_error(status: int) -> KoalaError:

@@ -44,12 +44,15 @@ class Machine:
     swap_free: int = 0
     gpus: tuple[Gpu, ...] = ()
     repacked: frozenset[str] = frozenset()
+    plain_attention: bool = False  # an f16 KV cache is read without flash attention
 
 
 def this_machine() -> Machine:
     """As it is now. Loads llama.cpp, and with a GPU starts its driver: not before a fork."""
+    from koala_local.engine.llama import plain_attention
+
     total, available, swap = ram()
-    return Machine(available, total, swap, tuple(gpus()), repacked_types(cpu_features()))
+    return Machine(available, total, swap, tuple(gpus()), repacked_types(cpu_features()), plain_attention())
 
 
 def gpus() -> list[Gpu]:

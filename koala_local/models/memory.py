@@ -19,6 +19,7 @@ from koala_local.models.shape import Shape
 DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
 _SHORTEST = 2048  # tokens of context that are not given up
 _TOKENS, _OUTPUTS, _SLOTS = 512, 64, 16  # a batch, logits reserved in it, sequences: as the engine asks llama.cpp
+_PLAIN_TOKENS = 256  # computed at once without flash attention, as the engine asks
 _STEP = 256  # llama.cpp rounds the context up to this
 _KV_BLOCKS = {"f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}  # values per block, bytes per block
 _TOKEN_BYTES = 200  # of llama.cpp's vocabulary, beside the file
@@ -133,7 +134,7 @@ def estimate(shape: Shape, machine: Machine, choice: Choice) -> Parts:
         weights=weights,
         repacked=repacked,
         kv=sum(kv[:split]),
-        compute=_resident(shape, choice) if split else _mask(choice) + 2 * _TOKENS * shape.embedding * 4,
+        compute=_on_cpu(shape, choice, machine) if split else _mask(choice) + 2 * _TOKENS * shape.embedding * 4,
         runtime=_TOKEN_BYTES * shape.vocabulary + logits + (work if split else 0),
         gpu_weights=sum(block.size for block in gpu),
         gpu_kv=sum(kv[split:]),
@@ -150,6 +151,15 @@ def _kv_bytes(widths: tuple[int, int], choice: Choice) -> int:
 def _mask(choice: Choice) -> int:
     """The attention mask: 16 bits for each cell and token of a batch."""
     return _TOKENS * -(-choice.context // _STEP) * _STEP * 2
+
+
+def _on_cpu(shape: Shape, choice: Choice, machine: Machine) -> int:
+    """As `_resident`. Without flash attention the scores of all heads lie there, and the mask has 32 bits."""
+    if not machine.plain_attention or choice.gpu_layers or choice.kv_type != "f16" or not shape.head_size:
+        return _resident(shape, choice)
+    cells, wide = -(-choice.context // _STEP) * _STEP, 5 * shape.embedding
+    scores = shape.embedding // shape.head_size * cells + max(map(sum, shape.kv_widths), default=0)
+    return _PLAIN_TOKENS * 4 * (cells + wide + max(3 * shape.feed_forward, scores))
 
 
 def _resident(shape: Shape, choice: Choice) -> int:

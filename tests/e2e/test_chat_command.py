@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -174,11 +173,9 @@ def test_a_renamed_file_is_still_a_model(home: Path, model: Path, tmp_path: Path
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"hello, I am a text\n" * 50, b"\x80\x02}q\x00."])
 def test_files_that_are_no_model(home: Path, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.gguf").write_bytes(content)
-    started = time.monotonic()
     result = koala(home, "chat", tmp_path / "bad.gguf", "-p", "hi")
     assert result.returncode == 1
     assert result.stderr.startswith(b"koala: error: ")
-    assert time.monotonic() - started < 4
 
 
 def test_a_truncated_model(home: Path, model: Path, tmp_path: Path) -> None:
@@ -194,11 +191,9 @@ def test_a_truncated_model(home: Path, model: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_hostile_template_is_stopped(home: Path, tmp_path: Path, template: str) -> None:
     path = make_model(tmp_path / "hostile.gguf", chat_template=template)
-    started = time.monotonic()
     result = koala(home, "chat", path, "-p", "hi", "--max-tokens", "4")
     assert result.returncode == 1
     assert result.stderr.startswith(b"koala: error: ")
-    assert time.monotonic() - started < 6
     assert koala(home, "chat", path, "-p", "hi", "--max-tokens", "4", "--template", "koala").returncode == 0
 
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 from llama_cpp import llama_cpp as ll
 
+from koala_local.engine import llama
 from koala_local.engine.batch import TILE, tiled
 from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.engine.sampling import Sampling
@@ -111,7 +112,8 @@ def test_an_interrupt_from_another_thread_stops_inside_a_batch(tmp_path: Path) -
 
 def test_a_message_behind_a_long_history_is_filled_up_and_nothing_shows_it(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m.gguf", context=512)
-    engine = LlamaEngine(path, "test", Placement(context=512, threads=1))
+    with patch.object(llama, "_flash_attention", return_value=ll.LLAMA_FLASH_ATTN_TYPE_ENABLED):
+        engine = LlamaEngine(path, "test", Placement(context=512, threads=1))
     history, message = [1, *(5 + n % 250 for n in range(400))], [*range(20, 60)]
     assert tiled(len(message), len(history), 64) == TILE
     sizes: list[int] = []
@@ -144,6 +146,16 @@ def test_a_message_behind_a_long_history_is_filled_up_and_nothing_shows_it(tmp_p
 )
 def test_filling_up_must_pay(count: int, history: int, size: int) -> None:
     assert tiled(count, history, 768) == size
+
+
+@pytest.mark.parametrize(
+    ("features", "plain"), [(b"AVX2 = 1 | FMA = 1", True), (b"AVX2 = 1 | AVX512 = 1", False), (b"NEON = 1", False)]
+)
+def test_flash_attention_is_left_out_where_it_is_slow(features: bytes, plain: bool) -> None:
+    with patch.object(ll, "llama_print_system_info", return_value=features):
+        flash = {kind: llama._flash_attention(kind) for kind in ("f16", "q8_0")}
+    off, on, auto = (getattr(ll, f"LLAMA_FLASH_ATTN_TYPE_{name}") for name in ("DISABLED", "ENABLED", "AUTO"))
+    assert flash == {"f16": off if plain and not llama.can_offload() else auto, "q8_0": on}
 
 
 def test_quantized_kv_works(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from benchmarks.table import Row
 from benchmarks.talk import Talk, numbered, question
 from koala_local.chat.ledger import KEEP, Overflow, Stats
 from koala_local.engine.cache import PrefixCache
-from koala_local.engine.llama import LlamaEngine, LlamaSampler, Placement
+from koala_local.engine.llama import LlamaEngine, Placement
+from koala_local.engine.llama_sampler import LlamaSampler
 from koala_local.engine.sampling import Sampling
 from koala_local.models.gguf_header import read_header
 

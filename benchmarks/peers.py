@@ -12,7 +12,7 @@ from typing import Any
 import llama_cpp.llama_cpp as ll
 from llama_cpp import Llama
 
-from koala_local.engine.llama import physical_cores
+from koala_local.engine.llama import _flash_attention, physical_cores
 from koala_local.engine.sampling import Sampling
 
 _SAMPLING = Sampling()
@@ -20,7 +20,8 @@ _BATCH = 512
 
 
 class BareLoop:
-    """Sample a token, decode it: nothing else. One sequence, llama.cpp's default settings, no text."""
+    """Sample a token, decode it: nothing else. One sequence, no text, llama.cpp's default settings but for attention,
+    which is computed as the engine does: what differs then is the program."""
 
     def __init__(self, path: Path, context: int, seed: int = 1) -> None:
         ll.llama_backend_init()
@@ -28,6 +29,7 @@ class BareLoop:
         params = ll.llama_context_default_params()
         params.n_ctx = context
         params.n_threads = params.n_threads_batch = physical_cores()
+        params.flash_attn_type = _flash_attention("f16")
         self._context = ll.llama_init_from_model(self._model, params)
         self._chain = _chain(seed)
         self._token = (ll.llama_token * 1)()

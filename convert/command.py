@@ -38,7 +38,7 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.option("--bits", type=click.Choice(_BITS), default="4", help="Bits a weight; picks the recommended type.")
 @click.option("--format", "layout", type=click.Choice(["gguf", "gptq"]), default="gguf", help="GPTQ is a folder.")
 @click.option(
-    "--group-size", type=click.Choice(["32", "64", "128", "-1"]), default="128", help="GPTQ: weights per scale."
+    "--group-size", type=click.Choice(["32", "64", "128", "-1"]), help="GPTQ: weights per scale; default: 128."
 )
 @click.option("--type", "kind", metavar="TYPE", help="The type itself, such as Q4_K_M, Q5_K_S, IQ4_XS, BF16.")
 @click.option("--base", type=_EXISTING, help="SOURCE is a weight difference, such as Koala's: add it to this LLaMA.")
@@ -59,6 +59,13 @@ def quantize(source: Path, **options: Any) -> None:
     _need_extra()
     if options["calibration"] and options["imatrix"]:
         raise click.UsageError("--calibration and --imatrix exclude each other")
+    if options["group_size"] and options["layout"] != "gptq":
+        raise click.UsageError("--group-size is for --format gptq; a GGUF type has its own")
+    if options["threads"]:
+        from torch import set_num_threads
+
+        set_num_threads(options["threads"])
+    options["group_size"] = options["group_size"] or "128"
     if options["layout"] == "gptq":
         _quantize_to_gptq(source, options)
     else:
@@ -355,7 +362,10 @@ def _check_round_trip(written: Callable[[str], list[int]], source: Tokenizer) ->
 def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype: Any) -> None:
     """Write base + difference as a Hugging Face checkpoint, streaming."""
     _need_extra()
+    from koala_local.models.page import size
+
     from .checkpoint import open_checkpoint
+    from .recover import known_checksums
     from .recover import recover as recover_checkpoint
 
     with console.progress("adding", "B") as step:
@@ -364,6 +374,14 @@ def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype:
             step(done, total, tensor)
 
         made = recover_checkpoint(
-            open_checkpoint(base), open_checkpoint(diff), output, tokenizer_folder=tokenizer, dtype=dtype, progress=tell
+            open_checkpoint(base),
+            open_checkpoint(diff),
+            output,
+            tokenizer_folder=tokenizer,
+            dtype=dtype,
+            checksums=known_checksums(base) | known_checksums(diff),
+            progress=tell,
         )
-    console.out(f"{made.folder}  {len(made.files)} files, {made.size / 1e9:.2f} GB, {made.dtype}")
+    if made.verified:
+        console.note(f"as its checklist.chk says: {', '.join(path.name for path in made.verified)}")
+    console.out(f"{made.folder}  {len(made.files)} files, {size(made.size)}, {made.dtype}")

@@ -128,6 +128,10 @@ def quantize_gptq(
     except VerificationError:
         shutil.rmtree(partial)
         raise
+    except ModelFileError:
+        if not any(partial.glob("*.safetensors")):  # nothing to go on with
+            shutil.rmtree(partial)
+        raise
     except OSError as error:
         what = f"{str(out)!r} cannot be written: {error.strerror or error}"
         raise KoalaError(what, "free some space or check the folder, then run the same command: it goes on") from None

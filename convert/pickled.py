@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ def open_pickled(path: Path) -> dict[str, Stored]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = _first_line(error)
-        raise ModelFileError(f"{path.name} holds more than tensors, and was not loaded: {reason}", _HINT) from None
+        asked = re.search(r"GLOBAL ([\w.]{1,60})", str(error))  # torch's own text advises to load it all the same
+        named = f": it asks for {asked[1]}" if asked else ""
+        raise ModelFileError(f"{path.name} holds more than tensors, and was not loaded{named}", _HINT) from None
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError) as error:
         raise ModelFileError(f"{path.name} cannot be read: {_first_line(error)}", DAMAGED) from None
     if not isinstance(found, dict):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ _BOS, _EOS, _UNKNOWN = 1, 2, 0  # of LLaMA 1's tokenizer; configurations of that
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _SPARE_BYTES = 64 << 20  # for everything but the weights
 _HASH_BLOCK = 4 << 20
+_CHECKLIST = 1 << 16  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ def recover(
     """Write base + diff to the new folder `out`, a Hugging Face checkpoint with Koala's tokenizer and generation
     settings. The folder has its name only when it is complete; until then it is `out` with ".partial" added, and it is
     removed when anything fails. Tokenizer files come from `tokenizer_folder`, or from the base. `dtype` is the type
-    of the written weights, the base's unless given. `checksums` are the SHA-256 of input files, where known.
+    of the written weights, the base's unless given. `checksums` are the SHA-256 or MD5 of input files, where known.
 
     Raises ModelFileError for what is wrong with the inputs, KoalaError when `out` exists or cannot be written."""
     total = sum_checkpoint(base, diff, dtype)
@@ -218,10 +220,23 @@ def _refuse_existing(out: Path, partial: Path | None) -> None:
         raise KoalaError(what, "delete it when nothing is writing it any more")
 
 
+def known_checksums(folder: Path) -> dict[Path, str]:
+    """What the `checklist.chk` that Meta published beside LLaMA's weights says of files that are there: MD5."""
+    try:
+        lines = (folder / "checklist.chk").read_text("utf-8", "replace")[:_CHECKLIST].splitlines()
+    except OSError:
+        return {}
+    found = {
+        match[2]: match[1] for line in lines if (match := re.fullmatch(r"([0-9a-f]{32})\s+\*?(\S+)", line.strip()))
+    }
+    return {member(folder, name): known for name, known in found.items() if (folder / name).is_file()}
+
+
 def _check_checksums(checksums: Mapping[Path, str], progress: Progress | None) -> None:
-    """Raise ModelFileError for a file whose SHA-256 is another than the known one."""
+    """Raise ModelFileError for a file whose SHA-256, or MD5, is another than the known one."""
     for path, known in checksums.items():
-        digest, done = hashlib.sha256(), 0
+        kind = "SHA-256" if len(known) == 64 else "MD5"
+        digest, done = hashlib.new(kind.replace("-", ""), usedforsecurity=False), 0
         try:
             size = path.stat().st_size
             with path.open("rb") as file:
@@ -233,7 +248,7 @@ def _check_checksums(checksums: Mapping[Path, str], progress: Progress | None) -
         except OSError as error:
             raise ModelFileError(f"{str(path)!r} cannot be read: {error.strerror}", "check the path") from None
         if digest.hexdigest() != known.lower():
-            what = f"{path.name} has the SHA-256 {digest.hexdigest()}, not the known {known.lower()}"
+            what = f"{path.name} has the {kind} {digest.hexdigest()}, not the known {known.lower()}"
             raise ModelFileError(what, "the file is damaged or was changed: download it again")
 
 

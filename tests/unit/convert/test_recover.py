@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 import torch
 from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.recover import recover, sum_checkpoint
+from koala_local.convert.recover import known_checksums, recover, sum_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
@@ -168,6 +168,27 @@ def test_a_known_checksum_is_checked(tmp_path: Path, base: Path, diff: State) ->
     assert not list(tmp_path.glob("out*"))
     known = {path: hashlib.sha256(path.read_bytes()).hexdigest()}
     assert recover(open_checkpoint(base), stream, tmp_path / "out", checksums=known).verified == (path,)
+
+
+def test_meta_s_checklist_is_believed(tmp_path: Path) -> None:
+    weights, other = tmp_path / "consolidated.00.pth", tmp_path / "params.json"
+    weights.write_bytes(b"weights")
+    other.write_bytes(b"{}")
+    lines = (
+        f"{hashlib.md5(b'weights').hexdigest()}  consolidated.00.pth\nno line\n{'0' * 32}  gone.pth\n{'0' * 32}  ../x\n"
+    )
+    (tmp_path / "checklist.chk").write_text(lines)
+    assert known_checksums(tmp_path) == {weights: hashlib.md5(b"weights").hexdigest()}
+    assert known_checksums(weights) == {}
+
+
+def test_another_md5_is_an_error(tmp_path: Path, base: Path, diff: State) -> None:
+    stream = open_checkpoint(make_easylm(tmp_path / "stream", diff), head_size=16)
+    weights = next(base.glob("*.safetensors"))
+    known = {weights: hashlib.md5(weights.read_bytes()).hexdigest()}
+    assert recover(open_checkpoint(base), stream, tmp_path / "out", checksums=known).verified == (weights,)
+    with pytest.raises(ModelFileError, match="MD5"):
+        recover(open_checkpoint(base), stream, tmp_path / "out2", checksums={weights: "0" * 32})
 
 
 def test_without_a_tokenizer_nothing_is_written(tmp_path: Path, base: Path, diff: State) -> None:

@@ -19,6 +19,7 @@ from benchmarks import (
     data,
     decode,
     finetune,
+    gptq,
     kernels,
     memory,
     overflow,
@@ -31,7 +32,19 @@ from benchmarks.models import LLAMA_160M, RUNS, Model, random_model, silence
 from benchmarks.table import Row, markdown, write
 from koala_local.nano import MODEL_PATH
 
-_NAMES = ("attention", "decode", "turns", "resume", "overflow", "startup", "memory", "data", "finetune", "quantize")
+_NAMES = (
+    "attention",
+    "decode",
+    "turns",
+    "resume",
+    "overflow",
+    "startup",
+    "memory",
+    "data",
+    "finetune",
+    "quantize",
+    "gptq",
+)
 _Job = tuple[str, str, Callable[[], list[Row]]]  # name, what of it, the measurement
 
 
@@ -73,6 +86,7 @@ def _jobs(models: list[Model], quick: bool) -> list[_Job]:
     jobs.append(("data", "build and tokens", partial(data.run, quick)))
     jobs.append(("finetune", "a tiny LLaMA", partial(finetune.run, quick)))
     jobs.append(("quantize", "kernels", partial(kernels.run, quick)))
+    jobs.append(("gptq", "one layer", partial(gptq.run, quick)))
     return jobs + [("quantize", shape, partial(quantize.run, shape, quick)) for shape in ("160M", "1.1B")]
 
 

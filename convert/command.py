@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koala_local import console
-from koala_local.errors import KoalaError
+from koala_local.errors import Interrupted, KoalaError
 
 from .publish import publish, unverified
 
@@ -132,16 +132,20 @@ def _quantize_to_gptq(source: Path, options: dict[str, Any]) -> None:
             bar.close()  # the comparison has bars of its own
             compared.update(_compared(checkpoint, source, folder, written, f"GPTQ-{options['bits']}", options))
 
-        made = quantize_gptq(
-            checkpoint,
-            sample.batches(),
-            out,
-            settings,
-            tokenizer_folder=folder,
-            force=options["force"],
-            progress=tell,
-            check=check,
-        )
+        try:
+            made = quantize_gptq(
+                checkpoint,
+                sample.batches(),
+                out,
+                settings,
+                tokenizer_folder=folder,
+                force=options["force"],
+                progress=tell,
+                check=check,
+            )
+        except (KeyboardInterrupt, Interrupted):
+            console.note("stopped; the same command goes on behind the layers that are done")
+            raise
     parameters = sum(prod(tensor.shape) for tensor in checkpoint.tensors.values())
     report = _report(
         checkpoint.config,

@@ -13,6 +13,7 @@ from koala_local.models.page import size
 
 from .forward import LOGITS_BYTES, STATES_BYTES, Compute
 
+_PROGRAM = 400 << 20  # bytes that torch and the rest take
 _SOLVING = 7  # copies of the largest Hessian and of its matrix while GPTQ works on them (measured)
 
 
@@ -60,7 +61,7 @@ def estimate(
     read = 2 * hidden * feed_forward  # one matrix as it was stored
     solving = _SOLVING * 4 * feed_forward * (feed_forward + hidden) * gptq
     copies = 2 if gptq else 1  # of the states
-    peak = kept * copies + max(4 * layer + max(read + wide, solving), (2 * vocabulary + logits) * head)
+    peak = _PROGRAM + kept * copies + max(4 * layer + max(read + wide, solving), (2 * vocabulary + logits) * head)
     return Estimate(tokens, work / _flops_per_second(compute or Compute()), peak, (states - kept) * copies)
 
 

@@ -1,5 +1,5 @@
-"""GPTQ of one layer: seconds, and the error of its outputs beside plain rounding's. By hand for a 13B-shaped layer, with
-peak memory and the whole model that follows from it. Random weights and activations.
+"""GPTQ of one layer: seconds, and the error of its outputs beside plain rounding's. By hand for a 13B-shaped
+layer, with peak memory and the whole model that follows from it. Random weights and activations.
 
     python -m benchmarks.gptq            # about 8 minutes on two cores
     python -m benchmarks.gptq --shape 160M

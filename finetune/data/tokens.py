@@ -182,7 +182,12 @@ class _Words:
         return ids
 
     def _learn(self, word: str, known: dict[str, list[int]]) -> list[int]:
-        ids = self._tokenizer.tokenize(word, continues=known is self._inside)
+        if known is self._first:
+            ids = self._tokenizer.tokenize(word)
+        elif self.vocabulary.adds_space and word[0] == " " != word:
+            ids = self._tokenizer.tokenize(word[1:])  # it puts the space there
+        else:
+            ids = self._tokenizer.tokenize(word, continues=True)
         if len(word) <= _LONGEST_WORD:
             if len(known) >= _REMEMBERED:
                 known.clear()

@@ -200,11 +200,11 @@ def test_a_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, star
         for _ in range(12):
             file.write(filling.encode() * (1 << 20))
     assert path.stat().st_size < 100_000
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(RawFileError, match=r"unpacks to more than|is longer than|brackets deep"):
         for _ in rows(path):
             pass
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:

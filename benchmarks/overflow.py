@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from itertools import pairwise
+from itertools import count, pairwise
 from random import Random
 from statistics import mean
 from unittest.mock import patch
@@ -62,14 +62,15 @@ class _FixedLength(LlamaEngine):
 class _FixedLengthSampler(LlamaSampler):
     def __init__(self, engine: _FixedLength, sampling: Sampling, seed: int, before: Sequence[int]) -> None:
         super().__init__(engine._context, engine.vocabulary.size, sampling, seed, before)
-        self._ends, self._other, self._left = engine.vocabulary.ends, before[-1], _REPLY
+        draw, ends, left = self.sample, engine.vocabulary.ends, count(_REPLY - 1, -1)
 
-    def sample(self) -> int:
-        token = super().sample()
-        self._left -= 1
-        if self._left < 0:
-            return min(self._ends)
-        return self._other if token in self._ends else token
+        def sample() -> int:
+            token = draw()
+            if next(left) < 0:
+                return min(ends)
+            return before[-1] if token in ends else token
+
+        self.sample = sample
 
 
 def _cost(model: Model, mode: Overflow, share: float, turns: int) -> Row:
@@ -124,13 +125,14 @@ class _Watched(LlamaEngine):
 class _WatchedSampler(LlamaSampler):
     def __init__(self, engine: _Watched, sampling: Sampling, seed: int, before: Sequence[int]) -> None:
         super().__init__(engine._context, engine.vocabulary.size, sampling, seed, before)
-        self._engine, self._ids = engine, list(before)
+        draw, ids = self.sample, list(before)
 
-    def sample(self) -> int:
-        self._engine.watch(self._ids, self._engine.logits())
-        token = super().sample()
-        self._ids.append(token)
-        return token
+        def sample() -> int:
+            engine.watch(ids, engine.logits())
+            ids.append(draw())
+            return ids[-1]
+
+        self.sample = sample
 
 
 def _shift_error(model: Model, share: float, talks: int) -> Row:

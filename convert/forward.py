@@ -61,9 +61,6 @@ def read_layer(checkpoint: Checkpoint, index: int, compute: Compute | None = Non
     """The weights of decoder layer `index`, by their names in LINEAR and NORMS. Raises ModelFileError."""
     compute = compute or Compute()
     prefix = f"model.layers.{index}."
-    biases = [name for name in checkpoint.tensors if name.startswith(prefix) and name.endswith(".bias")]
-    if biases:
-        raise ModelFileError(f"{biases[0]}: linear layers with a bias are not supported")
     return {
         name: checkpoint.read(f"{prefix}{name}.weight").to(compute.device, compute.dtype) for name in (*LINEAR, *NORMS)
     }

@@ -284,7 +284,7 @@ def _weights(tensor: PlannedTensor, rows: slice | None) -> int:
 
 
 def interleaved(weights: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows of a q or k projection (or its bias), from Hugging Face's rotary halves to the adjacent pairs of GGUF."""
+    """Rows of a q or k projection, from Hugging Face's rotary halves to the adjacent pairs of GGUF."""
     halves = weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weights.shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,12 @@ from .architecture import Checkpoint
 from .kquants import tensor_types
 from .vocabulary import Vocabulary
 
-_WHOLE_MODEL = {
+WHOLE_MODEL = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
     "lm_head.weight": "output.weight",
 }
-_IN_A_LAYER = {
+IN_A_LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -54,18 +54,14 @@ class PlannedTensor:
 def plan_tensors(
     source: Checkpoint, kind: str, overrides: Sequence[tuple[str, str]] = (), *, importance: bool = False
 ) -> list[PlannedTensor]:
-    """Every tensor of the output in file order. Raises ModelFileError where the checkpoint has a tensor that LLaMA has
-    not, lacks one that it has, or shapes that contradict the configuration; KoalaError as `tensor_types`."""
+    """Every tensor of the output in file order; that they are all there was checked when `source` was opened. Raises
+    ModelFileError for a RoPE scaling that is not known; KoalaError as `tensor_types`."""
     config = source.config
-    names = {name: gguf_name(name) for name in source.tensors if not _unused(name, config)}
-    _check_complete(names, config)
-    for name in names:
-        _check_shape(name, source.tensors[name].shape, config)
-    shapes = {names[name]: source.tensors[name].shape for name in names}
+    shapes = {gguf_name(name): info.shape for name, info in source.tensors.items()}
     types = tensor_types(kind, config, shapes, overrides, importance=importance)
     plan = [
-        PlannedTensor(names[name], name, source.tensors[name].shape, types[names[name]], _permuted_heads(name, config))
-        for name in names
+        PlannedTensor(written, name, shape, types[written], _permuted_heads(name, config))
+        for name, (written, shape) in zip(source.tensors, shapes.items(), strict=True)
     ]
     factors = rope_factors(config)
     if factors is not None:
@@ -74,55 +70,11 @@ def plan_tensors(
 
 
 def gguf_name(name: str) -> str:
-    """The GGUF name of a Hugging Face tensor. Raises ModelFileError for one that a LLaMA does not have."""
-    if name in _WHOLE_MODEL:
-        return _WHOLE_MODEL[name]
-    words = name.split(".")
-    part, suffix = ".".join(words[3:-1]), words[-1]
-    layered = words[:2] == ["model", "layers"] and len(words) > 4 and words[2].isdecimal()
-    if layered and part in _IN_A_LAYER and suffix in ("weight", "bias"):
-        return f"blk.{int(words[2])}.{_IN_A_LAYER[part]}.{suffix}"
-    raise ModelFileError(
-        f"the checkpoint has a tensor {name[:200]!r} that a LLaMA does not have", "it is another kind of model"
-    )
-
-
-def _unused(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor follows from others: old checkpoints hold rotary frequencies, some tied ones the head too."""
-    return name.endswith(".rotary_emb.inv_freq") or (config.tied_embeddings and name == "lm_head.weight")
-
-
-def _check_complete(names: Mapping[str, str], config: ModelConfig) -> None:
-    expected = [name for name in _WHOLE_MODEL if not (config.tied_embeddings and name == "lm_head.weight")]
-    expected += [f"model.layers.{layer}.{part}.weight" for layer in range(config.layers) for part in _IN_A_LAYER]
-    missing = [name for name in expected if name not in names]
-    if missing:
-        raise ModelFileError(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more", "fetch it again")
-
-
-def _check_shape(name: str, shape: tuple[int, ...], config: ModelConfig) -> None:
-    hidden, wide, kv = config.hidden_size, config.feed_forward_size, config.kv_heads * config.head_size
-    attention = config.heads * config.head_size
-    matrices = {
-        "model.embed_tokens": (config.vocabulary_size, hidden),
-        "lm_head": (config.vocabulary_size, hidden),
-        "q_proj": (attention, hidden),
-        "k_proj": (kv, hidden),
-        "v_proj": (kv, hidden),
-        "o_proj": (hidden, attention),
-        "gate_proj": (wide, hidden),
-        "up_proj": (wide, hidden),
-        "down_proj": (hidden, wide),
-    }
-    stem, _, suffix = name.rpartition(".")
-    expected = matrices.get(stem) or matrices.get(stem.rpartition(".")[2]) or (hidden,)
-    if suffix == "bias":
-        expected = expected[:1]
-    if tuple(shape) != expected:
-        raise ModelFileError(
-            f"{name} has the shape {tuple(shape)} where the configuration says {expected}",
-            "the weights and config.json belong to different models",
-        )
+    """The GGUF name of a tensor of `layout.expected`."""
+    if name in WHOLE_MODEL:
+        return WHOLE_MODEL[name]
+    _, _, layer, *part, _ = name.split(".")
+    return f"blk.{layer}.{IN_A_LAYER['.'.join(part)]}.weight"
 
 
 def _permuted_heads(name: str, config: ModelConfig) -> int:

@@ -17,26 +17,13 @@ from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig, Settings
 from koala_local.models.gguf_header import GgufHeader, Tensor, read_header
 
+from .gguf_layout import IN_A_LAYER, WHOLE_MODEL
 from .layout import FileCheckpoint, assembled
 from .stored import BLOCK_BYTES, ITEM_BYTES, MappedFile, Stored, in_file, rotary_halves, row_blocks
 
 _LAYER = re.compile(r"blk\.(\d{1,4})\.(.+)\.weight")
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+_IN_LAYER = {there: here for here, there in IN_A_LAYER.items()}
+_OUTSIDE = {there: here for here, there in WHOLE_MODEL.items()}
 _ROPE_FACTORS = "rope_freqs.weight"
 _SHOWN = 100
 

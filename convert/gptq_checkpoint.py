@@ -41,16 +41,15 @@ from .forward import (
 from .gptq import GptqSettings, Hessian, quantize_matrix
 from .gptq_folder import (
     copy_tokenizer,
-    has_tokenizer,
     model_config,
     open_partial,
     publish,
     quantization_config,
-    write_whole,
 )
 from .pack import BITS, PARTS, check_size, pack, unpack
 from .rotary import rotary_table
-from .safetensors_writer import write_json, write_sharded
+from .safetensors_writer import write_json, write_sharded, write_whole
+from .tokenizer_files import has_tokenizer
 from .verify import VerificationError
 
 Progress = Callable[[str, int, int], None]  # (linear layer, how many are done, how many there are)

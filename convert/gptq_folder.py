@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +17,11 @@ from koala_local.models.json_file import member
 from .gptq import GptqSettings
 from .recover import configuration
 from .safetensors_writer import copy_file, write_json
+from .tokenizer_files import TOKENIZERS
 
 _MANIFEST = "run.json"
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 _COPIED = (
-    *_TOKENIZERS,
+    *TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -80,25 +79,11 @@ def model_config(config: ModelConfig) -> dict[str, Any]:
     return written | {key: value for key, value in ids.items() if value is not None}
 
 
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _TOKENIZERS)
-
-
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy what tokenizer files there are. Raises ModelFileError for links that leave the folder."""
     for name in _COPIED:
         if (source / name).is_file():
             copy_file(member(source, name), target / name)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write the file so that it is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def publish(partial: Path, out: Path) -> None:

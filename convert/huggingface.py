@@ -15,11 +15,11 @@ from .layout import FileCheckpoint, assembled
 from .pickled import open_pickled
 from .safetensors_file import open_safetensors
 from .stored import Stored
+from .tokenizer_files import has_tokenizer
 
 _SHOWN = 100
 _OPENERS: Mapping[str, Callable[[Path], dict[str, Stored]]] = {".safetensors": open_safetensors, ".bin": open_pickled}
 _SINGLE = ("model.safetensors", "pytorch_model.bin")  # safetensors first: a pickle is opened only where it has to be
-_TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 
 def open_folder(folder: Path) -> FileCheckpoint:
@@ -64,8 +64,8 @@ def _opened(config: Path, files: Sequence[str], where: Mapping[str, str]) -> Fil
     size = sum(path.stat().st_size for path in paths)
     kind = "safetensors" if paths[0].suffix == ".safetensors" else "PyTorch"
     description = f"{str(folder)!r} (Hugging Face, {kind}, {len(paths)} file{'s'[: len(paths) > 1]}, {size} bytes)"
-    has_tokenizer = any((folder / name).exists() for name in _TOKENIZERS)
-    return assembled(settings, stored, tokenizer_folder=folder if has_tokenizer else None, description=description)
+    tokenizer = folder if has_tokenizer(folder) else None
+    return assembled(settings, stored, tokenizer_folder=tokenizer, description=description)
 
 
 def _weight_map(folder: Path, index: str) -> dict[str, str]:

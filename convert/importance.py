@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,8 +22,6 @@ from koala_local.models.gguf_header import Tensor, read_header
 from .architecture import Checkpoint
 from .forward import INPUTS, Compute, Observe, Progress, stream_layers
 from .gguf_layout import gguf_name
-
-ImportanceMatrix = Mapping[str, NDArray[np.float32]]  # GGUF tensor name: one weight per column
 
 _HINT = "make it again with llama-imatrix, or pass --calibration FILE instead"
 _ENTRIES = 100_000  # more than any model has tensors

@@ -34,11 +34,11 @@ from .safetensors_writer import (
     write_sharded,
 )
 from .stored import TORCH_TYPES, row_blocks
+from .tokenizer_files import TOKENIZERS
 
 Dtype = Literal["F32", "F16", "BF16"]
 
 _BOS, _EOS, _UNKNOWN = 1, 2, 0  # of LLaMA 1's tokenizer; configurations of that time say otherwise and are wrong
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _SPARE_BYTES = 64 << 20  # for everything but the weights
 _HASH_BLOCK = 4 << 20
 _CHECKLIST = 1 << 16  # characters
@@ -204,7 +204,7 @@ def _tokenizer_files(folder: Path | None) -> list[Path]:
     if folder is None:
         hint = "name the folder with LLaMA's tokenizer.model"
         raise ModelFileError("neither base nor difference comes with a tokenizer", hint)
-    found = [member(folder, name) for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    found = [member(folder, name) for name in TOKENIZERS if (folder / name).is_file()]
     if not found:
         raise ModelFileError(
             f"{str(folder)!r} holds no tokenizer.model", "name the folder with LLaMA's tokenizer.model"

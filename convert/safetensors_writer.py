@@ -54,15 +54,18 @@ def write_sharded(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write the object so that the file is there whole or not at all."""
-    with _replaced(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a small file so that the copy is there whole or not at all."""
-    with _replaced(target) as file:
-        file.write(source.read_bytes())
+    """Copy a small file."""
+    write_whole(target, source.read_bytes())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write the file so that it is there whole or not at all."""
+    with _replaced(path) as file:
+        file.write(content)
 
 
 class _replaced:

@@ -10,6 +10,7 @@ from typing import Any
 from koala_local.errors import ModelFileError
 from koala_local.models.json_file import parse_object
 
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # one of them holds the vocabulary
 _MIB = 2**20
 LIMITS = {"tokenizer.json": 128 * _MIB, "tokenizer.model": 64 * _MIB}
 _OTHER_LIMIT = 16 * _MIB
@@ -22,6 +23,10 @@ class AddedToken:
     id: int
     text: str
     special: bool
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def read_bytes(path: Path) -> bytes:

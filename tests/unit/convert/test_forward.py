@@ -179,12 +179,6 @@ def test_a_token_without_a_row_is_refused() -> None:
             stream_layers(checkpoint, [torch.tensor([[1, bad]])])
 
 
-def test_biases_are_refused() -> None:
-    _, checkpoint = tiny(attention_bias=True)
-    with pytest.raises(ModelFileError, match="bias"):
-        stream_layers(checkpoint, [random_ids(1, 4)])
-
-
 @pytest.mark.parametrize(
     "scaling",
     [

@@ -21,6 +21,7 @@ from llama_cpp import Llama
 
 from koala_local.dialogue import BOS, KOALA, Control, Dialogue, Reply, Turn
 from rows import conversation, pair
+from talk import Turn as Said
 
 SEED, DIALOGUES, PAIRS, LONGEST = 20_261_127, 200, 200, 12  # a seed that no row was made with; turns of a dialogue
 Scored = tuple[float, int, int]  # nats, tokens and bytes of replies
@@ -46,7 +47,7 @@ def encode(model: Llama, dialogue: Dialogue) -> tuple[list[int], list[bool], int
 def score(model: Llama, dialogue: Dialogue) -> Scored:
     """What the model makes of the replies."""
     ids, of_reply, size = encode(model, dialogue)
-    model.reset()
+    model.reset()  # type: ignore[no-untyped-call]
     model.eval(ids)
     logits = np.asarray(model.scores[: len(ids) - 1], dtype=np.float64)
     logits -= logits.max(axis=1, keepdims=True)
@@ -65,7 +66,7 @@ def held_out(rng: Random) -> Dialogue:
     return Dialogue(tuple(Turn(turn.user, turn.reply) for turn in turns), system)
 
 
-def marked(turns: Iterable[Turn], helpful: bool) -> Dialogue:
+def marked(turns: Iterable[Said], helpful: bool) -> Dialogue:
     """The dialogue under one of the two markers."""
     return Dialogue(tuple(Turn(turn.user, turn.reply, helpful) for turn in turns))
 

@@ -105,6 +105,7 @@ def test_the_folder_is_a_gptq_checkpoint(tmp_path: Path, tokenizer: Path) -> Non
     assert set(zeros.flatten().tolist()) == {0x77777777}
     assert torch.equal(stored["model.layers.0.mlp.up_proj.g_idx"], torch.arange(64, dtype=torch.int32) // 32)
     assert set(result.errors) == {f"model.layers.{i}.{name}" for i in range(2) for name in LINEAR}
+    assert result.notes[0].startswith("outputs of the linear layers are off by")
 
 
 def test_each_part_sees_what_the_quantized_parts_before_it_make(tmp_path: Path, tokenizer: Path) -> None:
@@ -217,6 +218,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, tokenizer: Path, 
     with pytest.raises(ModelFileError, match=name):
         run(checkpoint, tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists() == ("layers.0" not in name)  # kept where a layer is done
 
 
 def test_a_model_without_tokenizer_or_of_odd_size_is_refused_at_once(tmp_path: Path, tokenizer: Path) -> None:

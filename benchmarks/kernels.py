@@ -1,5 +1,8 @@
 """The quantizing kernels against `ggml_quantize_chunk`: on one thread and on two, with and without importance matrix,
-and how long the first use takes with the compiled kernel in the cache. Both take turns on the same weights.
+and how long the first use takes with the compiled kernel in the cache. Both take turns on the same weights. So do the
+types without a search, all checks of the weights included, and numpy's copying of as many.
+
+    python -m benchmarks.kernels    # these alone
 """
 
 from __future__ import annotations
@@ -13,8 +16,9 @@ from typing import Any
 
 import numpy as np
 from koala_local.convert import ggml, kernels
+from koala_local.convert.kquants import quantize_rows
 
-from benchmarks.table import Row
+from benchmarks.table import Row, markdown
 
 _GOALS = {"Q4_K": 8.0, "Q6_K": 6.0, "Q5_K": 5.0, "Q3_K": 5.0}
 _WEIGHTED_GOAL = 6.0
@@ -31,8 +35,9 @@ def run(quick: bool) -> list[Row]:
     """Rows for every type that has a kernel; with `quick` for Q4_K."""
     types = ("Q4_K",) if quick else kernels.TYPES
     threads = (1,) if quick else (1, 2)
-    rows = [_compared(type_, weighted, count) for type_ in types for weighted in (False, True) for count in threads]
-    return [*rows, _first_use()]
+    modes = [(type_, weighted) for type_ in types for weighted in (False, True) if type_ != "Q8_0" or not weighted]
+    rows = [_compared(*mode, count) for mode in modes for count in threads]
+    return [*rows, *(_without_search(type_) for type_ in ("F16", "BF16", "Q8_0")), _first_use()]
 
 
 def _compared(type_: str, weighted: bool, threads: int) -> Row:
@@ -52,7 +57,20 @@ def _compared(type_: str, weighted: bool, threads: int) -> Row:
     return Row(name, speed, "M/s", peer, "ggml_quantize_chunk", speed / peer, at_least=goal, note=kernel.note)
 
 
-def _seconds(pool: ThreadPoolExecutor, pack: kernels.Pack, parts: list[Any], type_: str, importance: Any) -> float:
+def _without_search(type_: str) -> Row:
+    """Bytes of float32 weights a second, beside what numpy copies."""
+    rows = np.random.default_rng(0).standard_normal((256, _COLUMNS), np.float32)
+    pack = kernels.kernel(type_, False).pack if type_ in kernels.TYPES else ggml.pack
+    ours, copies = [], []
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(_REPEATS):
+            ours.append(_seconds(pool, lambda part, *_: quantize_rows(part, type_, pack=pack), [rows], type_, None))
+            copies.append(_seconds(pool, lambda part, *_: part.copy(), [rows], type_, None))
+    speed, peer = rows.nbytes / 1e9 / median(ours), rows.nbytes / 1e9 / median(copies)
+    return Row(f"pack {type_}, checked", speed, "GB/s", peer, "a copy by numpy", speed / peer)
+
+
+def _seconds(pool: ThreadPoolExecutor, pack: Any, parts: list[Any], type_: str, importance: Any) -> float:
     started = time.perf_counter()
     list(pool.map(lambda part: pack(part, type_, importance), parts))
     return time.perf_counter() - started
@@ -70,3 +88,7 @@ def _first_use() -> Row:
         at_most=0.5,
         note="after `import numba`; comparing with ggml included",
     )
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown(run(quick=False)))

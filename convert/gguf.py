@@ -37,7 +37,7 @@ from .architecture import Checkpoint
 from .ggml import row_size
 from .gguf_layout import PlannedTensor, plan_tensors, rope_notes, write_metadata
 from .kernels import Kernel, choose_kernels, notes_of
-from .kquants import BASE_TYPES, block_size, checked_importance, quantize_rows
+from .kquants import BASE_TYPES, block_size, checked_importance, converted, quantize_rows
 from .vocabulary import Vocabulary
 
 IN_FLIGHT_BYTES = 384 * 2**20
@@ -290,12 +290,10 @@ def interleaved(weights: NDArray[np.float32], heads: int) -> NDArray[np.float32]
 
 
 def as_float32(stored: torch.Tensor) -> NDArray[np.float32]:
-    """The same numbers in float32. numpy does it: torch would start its own threads below every worker."""
-    if stored.dtype == torch.bfloat16:
-        bits = stored.contiguous().view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
-        bits <<= np.uint32(16)
-        return bits.view(np.float32)
-    array: NDArray[np.float32] = stored.numpy().astype(np.float32, copy=False)
+    """The same numbers in float32."""
+    array: NDArray[np.float32] = (
+        stored.numpy() if stored.dtype == torch.float32 else converted(stored, torch.float32).numpy()
+    )
     return array
 
 

@@ -1,270 +1,266 @@
-"""ggml's searches for a block's scale, for `LANES` blocks at once: each lane does what the reference in C does, in its
-order, in float32. Functions, and what a reader would look for in them, have the reference's names.
+"""ggml's searches for the scale of a block, for `LANES` blocks at once: each lane does what the reference in C does, in
+its order, in float32. Functions, and what a reader would look for in them, have the reference's names.
 
-Vectors `first` to `first + n` of `x` are the n weights of the lanes' blocks, vectors 0 to n of `w` their importances.
-The levels found go to `levels`, from `first` on.
+They are for regular blocks: nothing infinite, no sum or scale zero, nothing rounded that `nearest_int` cannot round.
+Where `require` finds it otherwise, ggml's own function packs the super-block.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernel_vectors import (
-    Floats,
-    Ints,
-    absolute,
-    all_of,
-    any_of,
-    as_floats,
-    bits_of,
-    choose,
-    choose_ints,
-    floats,
-    inlined,
-    ints,
-    load,
-    store,
-)
+from .kernel_vectors import Floats, Row, Truths, absolute, any_of, choose, floats, inlined, nearest, square_root
 
-EPSILON = 1e-15  # GROUP_MAX_EPS: what is smaller counts as zero
-_ROUNDER = 12582912.0  # 1.5 * 2^23: a sum with it has no fraction
-_SMALL = 4194303.0  # what can be rounded by that
+f32 = np.float32
+EPSILON, HUGE = f32(1e-15), f32(3e38)  # GROUP_MAX_EPS: what is smaller counts as zero
+_SMALL = f32(2**22 - 1)  # what nearest_int can round
+_NEAR = f32(0.4999)  # what is as near to an integer is rounded to it
+VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], f32)  # kvalues_iq4nl
+INDEXES = np.arange(16, dtype=f32)
+_MIDDLES = (VALUES[1:] + VALUES[:-1]) / f32(2)
 
 
-@inlined
-def nearest_int(x: Floats) -> Ints:
-    """The nearest integer, out of the low bits of a sum. For numbers that are not small it is wrong as in C."""
-    return (bits_of(x + floats(_ROUNDER)) & ints(0x007FFFFF)) - ints(0x00400000)
+class Scratch(NamedTuple):
+    """Vectors for one group of super-blocks, each of which has a lane."""
 
-
-@inlined
-def at_most(x: Ints, high: int) -> Ints:
-    """MIN(high, x)"""
-    return choose_ints(x < ints(high), x, ints(high))
-
-
-@inlined
-def clamped(x: Ints, low: int, high: int) -> Ints:
-    """MAX(low, MIN(high, x))"""
-    x = at_most(x, high)
-    return choose_ints(x > ints(low), x, ints(low))
+    x: Row  # the weights
+    importance: Row  # of each weight
+    levels: Row  # of each weight
+    w: Row  # what a block's weights count in its search
+    aux: Row  # for the searches
+    scales: Row  # by block
+    minimums: Row
+    sums: Row  # of w, by block
+    ls: Row  # scales and minimums as small integers
+    lm: Row
+    lx: Row  # for `improve`, by weight
+    l2: Row
+    above: Row
+    below: Row
+    irregular: Row  # one vector: not 0 where ggml has to do the work
+    block: Row  # the packed bytes, two to a number
+    weighted: bool  # is there an importance matrix?
 
 
 @inlined
-def _level(x: Floats, low: int, high: int, small: bool) -> Floats:
-    """nearest_int and clamped. Where all lanes are `small`, the same for less."""
-    if not small:
-        return as_floats(clamped(nearest_int(x), low, high))
-    x = choose(x < floats(high), x, floats(high)) + floats(_ROUNDER) - floats(_ROUNDER)
-    return choose(x > floats(low), x, floats(low))
+def require(s: Scratch, truths: Truths) -> None:
+    """Where it is not so, the super-block is left to ggml."""
+    s.irregular[0] = s.irregular[0] + choose(truths, 0, 1)
 
 
 @inlined
-def _all_small(x: Floats) -> bool:
-    return all_of(absolute(x) < floats(_SMALL))  # type: ignore[no-any-return]
+def smaller(x: Floats, y: Floats) -> Floats:
+    return choose(x < y, x, y)
 
 
 @inlined
-def _error(difference: Floats, use_mad: bool) -> Floats:
-    return absolute(difference) if use_mad else difference * difference
+def larger(x: Floats, y: Floats) -> Floats:
+    return choose(x > y, x, y)
+
+
+@inlined
+def small(x: Floats) -> Truths:
+    return absolute(x) < _SMALL
+
+
+@inlined
+def level(x: Floats, low: float, high: float) -> Floats:
+    """MAX(low, MIN(high, nearest_int(x))). A low of 0.25 stands for 0, and takes one instruction less."""
+    return nearest(larger(smaller(x, high), low))
+
+
+@inlined
+def largest(x: Row, n: int) -> Floats:
+    """The number with the largest magnitude."""
+    value = x[0]
+    for i in range(1, n):
+        value = choose(absolute(x[i]) > absolute(value), x[i], value)
+    return value
+
+
+@inlined
+def squares(x: Row, n: int) -> Floats:
+    total = floats(0)
+    for i in range(n):
+        total = total + x[i] * x[i]
+    return total
+
+
+@inlined
+def weigh(s: Scratch, j: int, n: int, sigma2: Floats) -> None:
+    """What the weights of block j count, by the importance matrix if there is one, and the sum of it."""
+    total = floats(0)
+    for i in range(n):
+        x = s.x[n * j + i]
+        s.w[i] = s.importance[n * j + i] * square_root(sigma2 + x * x) if s.weighted else x * x
+        total = total + s.w[i]
+    s.sums[j] = total
 
 
 @inlined
 def make_qkx(
-    x: Any, w: Any, levels: Any, aux: Any, first: int, n: int, nmax: int, rmin: float, rdelta: float, nstep: int,
-    use_mad: bool, third: bool,
-) -> tuple[Floats, Floats]:  # fmt: skip
-    """make_qkx2_quants, or with `third` make_qkx3_quants: scale and negated minimum, by least squares over the levels
-    on each of nstep + 1 grids. A grid starts at the best minimum so far, so each depends on those before it."""
-    zero = floats(0)
-    low = high = load(x, first)
-    sum_w = load(w, 0)
-    sum_x = sum_w * low
+    s: Scratch, x: Row, n: int, nmax: int, rmin: float, rdelta: float, nstep: int, use_mad: bool
+) -> tuple[Floats, Floats]:
+    """make_qkx2_quants, make_qkx3_quants: scale and negated minimum, by least squares over the levels on each of
+    nstep + 1 grids. A grid starts at the best minimum so far, so each depends on those before it."""
+    low = high = x[0]
+    sum_w, sum_x = s.w[0], s.w[0] * x[0]
     for i in range(1, n):
-        xi, wi = load(x, first + i), load(w, i)
-        low, high = choose(xi < low, xi, low), choose(xi > high, xi, high)
-        sum_w, sum_x = sum_w + wi, sum_x + wi * xi
-    minimum = choose(low > zero, zero, low)
-    uneven = high > minimum
-    iscale = floats(nmax) / (high - minimum)
-    scale = floats(1) / iscale
-    best = zero
+        low, high = smaller(x[i], low), larger(x[i], high)
+        sum_w, sum_x = sum_w + s.w[i], sum_x + s.w[i] * x[i]
+    minimum, best = smaller(low, 0), floats(0)
+    iscale = nmax / (high - minimum)
+    scale = 1 / iscale
+    require(s, (high > minimum) & small(iscale * (high - minimum)))
     for i in range(n):
-        xi = load(x, first + i)
-        level = clamped(nearest_int(iscale * (xi - minimum)), 0, nmax)
-        store(levels, first + i, choose_ints(uneven, level, ints(0)))
-        best = best + load(w, i) * _error(scale * as_floats(level) + minimum - xi, use_mad)
-    found, found_iscale, found_minimum = high < low, iscale, minimum
+        difference = scale * nearest(iscale * (x[i] - minimum)) + minimum - x[i]
+        best = best + s.w[i] * (absolute(difference) if use_mad else difference * difference)
     for step in range(nstep + 1):
-        iscale = (floats(rmin) + floats(rdelta) * floats(step) + floats(nmax)) / (high - minimum)
-        # make_qkx3_quants clamps before it rounds, which is right for any number
-        small = third or (_all_small(iscale * (low - minimum)) and _all_small(iscale * (high - minimum)))
-        sum_l = sum_l2 = sum_xl = zero
+        iscale = (f32(rmin) + f32(rdelta) * f32(step) + f32(nmax)) / (high - minimum)
+        require(s, small(iscale * (low - minimum)) & small(iscale * (high - minimum)))
+        sum_l = sum_l2 = sum_xl = error = floats(0)
         for i in range(n):
-            xi = load(x, first + i)
-            li = _level(iscale * (xi - minimum), 0, nmax, small)
-            store(aux, i, li)
-            wl = load(w, i) * li
-            sum_l, sum_l2, sum_xl = sum_l + wl, sum_l2 + wl * li, sum_xl + wl * xi
+            li = s.aux[i] = level(iscale * (x[i] - minimum), 0.25, nmax)
+            wl = s.w[i] * li
+            sum_l, sum_l2, sum_xl = sum_l + wl, sum_l2 + wl * li, sum_xl + wl * x[i]
         determinant = sum_w * sum_l2 - sum_l * sum_l
         this_scale = (sum_w * sum_xl - sum_x * sum_l) / determinant
         this_minimum = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
-        positive = this_minimum > zero
-        this_scale = choose(positive, sum_xl / sum_l2, this_scale)
-        this_minimum = choose(positive, zero, this_minimum)
-        error = zero
+        this_scale = choose(this_minimum > 0, sum_xl / sum_l2, this_scale)
+        this_minimum = choose(this_minimum > 0, 0, this_minimum)
         for i in range(n):
-            error = error + load(w, i) * _error(this_scale * load(aux, i) + this_minimum - load(x, first + i), use_mad)
-        better = uneven & (determinant > zero) & (error < best)
-        found, found_iscale = found | better, choose(better, iscale, found_iscale)
-        found_minimum = choose(better, minimum, found_minimum)
+            difference = this_scale * s.aux[i] + this_minimum - x[i]
+            error = error + s.w[i] * (absolute(difference) if use_mad else difference * difference)
+        better = (determinant > 0) & (error < best)
         best, scale = choose(better, error, best), choose(better, this_scale, scale)
         minimum = choose(better, this_minimum, minimum)
-    for i in range(n):
-        level = nearest_int(_level(found_iscale * (load(x, first + i) - found_minimum), 0, nmax, third))
-        store(levels, first + i, choose_ints(found, level, load(levels, first + i)))
-    return choose(uneven, scale, zero), -minimum
+    return scale, -minimum
 
 
 @inlined
-def largest(x: Any, first: int, n: int) -> tuple[Floats, Floats]:
-    """The largest magnitude, and the number that has it."""
-    amax = value = floats(0)
+def make_qx(s: Scratch, x: Row, w: Row, n: int, nmax: int) -> tuple[Floats, Floats]:
+    """make_qx_quants: the scale of a grid around zero, the best of 19 by weighted least squares, and its iscale."""
+    value = largest(x, n)
+    require(s, (absolute(value) >= EPSILON) & (absolute(value) < HUGE))
     for i in range(n):
-        xi = load(x, first + i)
-        larger = absolute(xi) > amax
-        amax, value = choose(larger, absolute(xi), amax), choose(larger, xi, value)
-    return amax, value
-
-
-@inlined
-def make_qx(x: Any, w: Any, levels: Any, aux: Any, first: int, n: int, nmax: int) -> Floats:
-    """make_qx_quants: the scale of a grid around zero, the best of 19 by weighted least squares."""
-    zero, half = floats(0), ints(nmax)
-    amax, value = largest(x, first, n)
-    sum_x = zero
-    for i in range(n):
-        store(aux, i, load(w, i) * load(x, first + i))
-        sum_x = sum_x + absolute(load(x, first + i))
-    small = all_of(sum_x < floats(3e38))  # so nothing is infinite, and no level beyond nmax + 1
-    found_iscale = scale = best = zero
+        s.aux[i] = w[i] * x[i]
+    found = scale = floats(0)
+    best = floats(-np.inf)
     for step in range(-10, 10):  # -10 stands for the first, plain grid
         if step == 0:
             continue
-        numerator = floats(-nmax) if step == -10 else -(floats(nmax) + floats(0.1) * floats(step))
-        iscale = numerator / value
-        sumlx = suml2 = zero
-        for i in range(n):
-            li = _level(iscale * load(x, first + i), -nmax, nmax - 1, small)
-            sumlx, suml2 = sumlx + load(aux, i) * li, suml2 + load(w, i) * li * li
-        if step == -10:
-            found_iscale = iscale
-            scale = choose(suml2 == zero, zero, sumlx / suml2)
-            best = scale * sumlx
-        else:
-            better = (suml2 > zero) & (sumlx * sumlx > best * suml2)
-            found_iscale = choose(better, iscale, found_iscale)
-            scale = choose(better, sumlx / suml2, scale)
-            best = choose(better, scale * sumlx, best)
-    zeros = amax < floats(EPSILON)
-    for i in range(n):
-        level = clamped(nearest_int(found_iscale * load(x, first + i)), -nmax, nmax - 1) + half
-        store(levels, first + i, choose_ints(zeros, ints(0), level))
-    return choose(zeros, zero, scale)
-
-
-@inlined
-def make_q3(x: Any, w: Any, levels: Any, scales: Any, sums: Any, blocks: int, n: int, nmax: int) -> None:
-    """make_q3_quants of several blocks, from plain grids on; the scales go to `scales`."""
-    for j in range(blocks):
-        iscale = floats(-nmax) / largest(x, n * j, n)[1]
+        iscale = -(f32(nmax) + f32(0.1) * f32(0 if step == -10 else step)) / value
         sumlx = suml2 = floats(0)
-        for i in range(n * j, n * j + n):
-            xi = load(x, i)
-            wi, level = xi * xi, clamped(nearest_int(iscale * xi), -nmax, nmax - 1)
-            store(w, i, wi)
-            store(levels, i, level)
-            sumlx, suml2 = sumlx + wi * xi * as_floats(level), suml2 + wi * as_floats(level) * as_floats(level)
-        store(scales, j, sumlx)
-        store(sums, j, suml2)
-    _improve(x, w, levels, scales, sums, blocks, n, nmax, False)
-    for j in range(blocks):
-        zeros = largest(x, n * j, n)[0] < floats(EPSILON)
-        for i in range(n * j, n * j + n):
-            store(levels, i, choose_ints(zeros, ints(0), load(levels, i) + ints(nmax)))
-        store(scales, j, choose(zeros, floats(0), load(scales, j)))
+        for i in range(n):
+            li = level(iscale * x[i], -nmax, nmax - 1)
+            sumlx, suml2 = sumlx + s.aux[i] * li, suml2 + w[i] * li * li
+        better = (suml2 > 0) & (sumlx * sumlx > best * suml2)
+        if step == -10:
+            require(s, better)
+        found, scale = choose(better, iscale, found), choose(better, sumlx / suml2, scale)
+        best = choose(better, scale * sumlx, best)
+    require(s, absolute(scale) < HUGE)
+    return scale, found
 
 
 @inlined
-def make_qp(x: Any, w: Any, levels: Any, scale_at: Any, sum_at: Any, n: int, nmax: int) -> Floats:
-    """make_qp_quants: scale and levels, of 8 bits, of positive numbers, from the best of nine grids on."""
-    zero = floats(0)
-    high = zero
+def make_q3(s: Scratch, x: Row, levels: Row, n: int, nmax: int) -> Floats:
+    """make_q3_quants, with do_rmse"""
+    value = largest(x, n)
+    require(s, (absolute(value) >= EPSILON) & (absolute(value) < HUGE))
+    iscale = -nmax / value
     for i in range(n):
-        high = choose(high > load(x, i), high, load(x, i))
-    zeros = high < floats(EPSILON)
-    found_iscale, best = floats(nmax) / high, zero
+        levels[i] = level(iscale * x[i], -nmax, nmax - 1)
+    return improve(s, x, s.w, levels, n, -nmax, nmax - 1, -np.inf)
+
+
+@inlined
+def make_qp(s: Scratch, x: Row, w: Row, levels: Row, n: int, nmax: int) -> Floats:
+    """make_qp_quants: scale and levels of positive numbers, from the best of nine grids on."""
+    high = found = floats(0)
+    best = floats(np.inf)
+    for i in range(n):
+        high = larger(high, x[i])
+        require(s, (x[i] >= 0) & (x[i] < HUGE) & (w[i] >= 0))
+    require(s, high >= EPSILON)
     for step in range(-5, 5):  # -5 stands for the first, plain grid
         if step == 0:
             continue
-        iscale = found_iscale if step == -5 else (floats(0.1) * floats(step) + floats(nmax)) / high
-        scale, error = floats(1) / iscale, zero
+        iscale = (f32(0.1) * f32(0 if step == -5 else step) + f32(nmax)) / high
+        scale, error = 1 / iscale, floats(0)
         for i in range(n):
-            level = nearest_int(iscale * load(x, i))
-            level = level & ints(255) if step == -5 else at_most(level, nmax)
-            difference = load(x, i) - scale * as_floats(level)
-            error = error + load(w, i) * difference * difference
-        better = error < best
-        found_iscale = choose(better, iscale, found_iscale)
-        best = error if step == -5 else choose(better, error, best)
-    sumlx = suml2 = zero
+            difference = x[i] - scale * smaller(nearest(iscale * x[i]), nmax)
+            error = error + w[i] * difference * difference
+        found, best = choose(error < best, iscale, found), choose(error < best, error, best)
+    require(s, found > 0)
     for i in range(n):
-        level = at_most(nearest_int(found_iscale * load(x, i)), nmax)
-        store(levels, i, level & ints(255))
-        sumlx = sumlx + load(w, i) * load(x, i) * as_floats(level)
-        suml2 = suml2 + load(w, i) * as_floats(level) * as_floats(level)
-    store(scale_at, 0, sumlx)
-    store(sum_at, 0, suml2)
-    _improve(x, w, levels, scale_at, sum_at, 1, n, nmax, True)
-    for i in range(n):
-        store(levels, i, choose_ints(zeros, ints(0), load(levels, i)))
-    return choose(zeros, zero, load(scale_at, 0))
+        levels[i] = smaller(nearest(found * x[i]), nmax)
+    return improve(s, x, w, levels, n, 0, nmax, 0)
 
 
 @inlined
-def _improve(
-    x: Any, w: Any, levels: Any, sumlx_at: Any, suml2_at: Any, blocks: int, n: int, nmax: int, positive: bool
-) -> None:
-    """The rounds, up to five, at the end of make_q3_quants and make_qp_quants (`positive`): each level in turn moves to
-    where the other levels' scale wants it, if that improves the fit. The scales take the place of the sums of x.
-    Blocks take turns within a round: the moves of one wait for each other, those of different blocks do not."""
-    low, high = (-(1 << 22), nmax) if positive else (-nmax, nmax - 1)
-    kept, least = (255, 0.0) if positive else (-1, -np.inf)
-    moving = (1 << blocks) - 1
+def _settle(s: Scratch, i: int, x: Floats, w: Floats, li: Floats, low: int, high: int) -> None:
+    """Note what a weight adds to the sums, and between which ends it may be wanted without a move, for certain."""
+    s.lx[i], s.l2[i] = w * x * li, w * li * li
+    s.above[i], s.below[i] = choose(li > low, li - _NEAR, -_SMALL), choose(li < high, li + _NEAR, _SMALL)
+
+
+@inlined
+def improve(s: Scratch, x: Row, w: Row, levels: Row, n: int, low: int, high: int, least: float) -> Floats:
+    """The end of make_q3_quants and make_qp_quants: in up to five rounds each level in turn moves to where the other
+    levels' scale wants it, if that improves the fit. Most stay, and that is seen without a division."""
+    sumlx = suml2 = floats(0)
+    for i in range(n):
+        _settle(s, i, x[i], w[i], levels[i], low, high)
+        sumlx, suml2 = sumlx + s.lx[i], suml2 + s.l2[i]
+    require(s, absolute(sumlx) > f32(1e-26))  # what is left of it when one weight is taken away is no denormal
     for _ in range(5):
-        moved = 0
+        moved = False
         for i in range(n):
-            for j in range(blocks):
-                if not moving >> j & 1:
-                    continue
-                k, sumlx, suml2 = n * j + i, load(sumlx_at, j), load(suml2_at, j)
-                xi, wi, level = load(x, k), load(w, k), load(levels, k)
-                li = as_floats(level)
-                slx, sl2 = sumlx - wi * xi * li, suml2 - wi * li * li
-                new = clamped(nearest_int(xi * sl2 / slx), low, high)
-                candidate = (slx > floats(0)) & (sl2 > floats(least)) & ((new < level) | (new > level))
-                if not any_of(candidate):
-                    continue
-                li = as_floats(new)
-                slx, sl2 = slx + wi * xi * li, sl2 + wi * li * li
-                better = candidate & (sl2 > floats(0)) & (slx * slx * suml2 > sumlx * sumlx * sl2)
-                store(levels, k, choose_ints(better, new & ints(kept), level))
-                store(sumlx_at, j, choose(better, slx, sumlx))
-                store(suml2_at, j, choose(better, sl2, suml2))
-                moved |= any_of(better) << j
-        moving = moved  # a round without a change repeats itself
-    for j in range(blocks):
-        sumlx, suml2 = load(sumlx_at, j), load(suml2_at, j)
-        store(sumlx_at, j, choose(suml2 > floats(0), sumlx / suml2, floats(0)))
+            slx, sl2 = sumlx - s.lx[i], suml2 - s.l2[i]
+            if not any_of((slx > 0) & ~((s.above[i] * slx < x[i] * sl2) & (x[i] * sl2 < s.below[i] * slx))):
+                continue
+            li, wanted = levels[i], x[i] * sl2 / slx
+            new, better = level(wanted, low, high), (slx > 0) & (sl2 > least)
+            require(s, small(wanted) | ~better)
+            slx, sl2 = slx + w[i] * x[i] * new, sl2 + w[i] * new * new
+            better = better & (new != li) & (sl2 > 0) & (slx * slx * suml2 > sumlx * sumlx * sl2)
+            levels[i] = choose(better, new, li)
+            sumlx, suml2 = choose(better, slx, sumlx), choose(better, sl2, suml2)
+            _settle(s, i, x[i], w[i], levels[i], low, high)
+            moved |= any_of(better)
+        if not moved:  # the next round would be the same
+            break
+    require(s, (suml2 > 0) & (absolute(sumlx / suml2) < HUGE))
+    return sumlx / suml2
+
+
+@inlined
+def nearest_of(x: Floats, results: Any) -> Floats:
+    """best_index_int8 among kvalues_iq4nl: the one of `results` at its index."""
+    result = floats(results[0])
+    for k in range(15):
+        result = choose(x >= _MIDDLES[k], results[k + 1], result)
+    return result
+
+
+@inlined
+def make_iq4(s: Scratch, x: Row, n: int, ntry: int) -> Floats:
+    """The search of quantize_row_iq4_nl_impl: as make_qx, on a grid that is not even."""
+    value, scale, best = largest(x, n), floats(0), floats(-np.inf)
+    require(s, (absolute(value) >= EPSILON) & (absolute(value) < HUGE))
+    for step in range(-ntry - 1, ntry + 1):  # -ntry - 1 stands for the first, plain grid
+        iscale = 1 / (-value / VALUES[0]) if step < -ntry else (f32(step) + VALUES[0]) / value
+        sumqx = sumq2 = floats(0)
+        for i in range(n):
+            q = nearest_of(iscale * x[i], VALUES)
+            sumqx, sumq2 = sumqx + s.w[i] * q * x[i], sumq2 + s.w[i] * q * q
+        better = (sumq2 > 0) & (sumqx * sumqx > best * sumq2)
+        if step < -ntry:
+            require(s, better)
+        scale = choose(better, sumqx / sumq2, scale)
+        best = choose(better, scale * sumqx, best)
+    require(s, absolute(scale) < HUGE)
+    return scale

@@ -1,8 +1,8 @@
 """Vectors for numba: `LANES` numbers that take part in every operation side by side.
 
 numba has no such type. Here are three, of float32, of int32 and of truths, with the operations that the kernels need.
-Each becomes one LLVM instruction without any licence to reorder or to fuse, so that a lane computes exactly what scalar
-C code does. Arrays hold one vector after another and are indexed by vector.
+Each becomes LLVM instructions without any licence to reorder or to fuse, so that a lane computes exactly what scalar C
+code does. A number beside a vector stands for a vector of it. A `Row` is a pointer to vectors, used as in C.
 """
 
 # numba and llvmlite have types for a part of what is used here
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import product
 from typing import Any, TypeVar, cast
 
 import llvmlite.binding
@@ -23,45 +24,82 @@ from numba.core.typing.templates import ConcreteTemplate, infer, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 FEATURES = llvmlite.binding.get_host_cpu_features()
-# Two registers of the widest kind: while the additions of one wait for each other, those of the other run.
-LANES = 32 if FEATURES.get("avx512f") else 16
+WIDTH = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4  # numbers in a register
+_REGISTERS = 2  # to a vector: while the additions of one wait for each other, those of the other run
+LANES = WIDTH * _REGISTERS
 # Without instructions for it LLVM calls a C function for float16 that may not be there.
 HAS_HALVES = bool(FEATURES.get("f16c")) or llvmlite.binding.get_process_triple().startswith(("aarch64", "arm64"))
 
 Floats = Any  # LANES numbers of float32
 Ints = Any  # LANES numbers of int32
 Truths = Any  # LANES bits
+Row = Any  # Floats, or Ints, one after another: row[i], row[i] = x, row + i
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def inlined(function: _Function) -> _Function:
     """`function`, to be compiled into the kernels that call it."""
-    return cast(_Function, numba.njit(nogil=True, error_model="numpy")(function))
+    return cast(_Function, numba.njit(nogil=True, error_model="numpy", forceinline=True)(function))
 
 
-class _Vector(types.Type):
-    def __init__(self, element: ir.Type) -> None:
-        self.ir = ir.VectorType(element, LANES)
-        super().__init__(name=f"{LANES} x {element}")
+class _Type(types.Type):
+    """A numba type with the form that LLVM knows, and what number of numba's can stand for it."""
+
+    def __init__(self, name: str, form: ir.Type, number: types.Type | None = None) -> None:
+        self.ir, self.number = form, number
+        super().__init__(name=name)
 
 
-@register_model(_Vector)
-class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: _Vector) -> None:
-        super().__init__(manager, vector, vector.ir)
+@register_model(_Type)
+class _Model(models.PrimitiveModel):
+    def __init__(self, manager: Any, of: _Type) -> None:
+        super().__init__(manager, of, of.ir)
 
 
-_F, _I, _T = _Vector(ir.FloatType()), _Vector(ir.IntType(32)), _Vector(ir.IntType(1))
-_HALVES, _SHORTS = ir.VectorType(ir.HalfType(), LANES), ir.VectorType(ir.IntType(16), LANES)
+_BYTES, _INT = ir.IntType(8).as_pointer(), ir.IntType(32)
+_FLOATS, _INTS, _TRUTHS, _HALVES, _SHORTS = (
+    ir.VectorType(element, WIDTH) for element in (ir.FloatType(), _INT, ir.IntType(1), ir.HalfType(), ir.IntType(16))
+)
+_F = _Type("Floats", ir.ArrayType(_FLOATS, _REGISTERS), types.float32)
+_I = _Type("Ints", ir.ArrayType(_INTS, _REGISTERS), types.int32)
+_T = _Type("Truths", ir.ArrayType(_TRUTHS, _REGISTERS))
+_ROWS = {vector: _Type(f"Row of {vector.name}", vector.ir.as_pointer()) for vector in (_F, _I)}
+_NOTHING = ir.Constant(_BYTES, None)
+
+
+def _register(builder: Any, value: Any, number: int) -> Any:
+    """That register of a vector, or one that a number fills."""
+    if isinstance(value.type, ir.ArrayType):
+        return builder.extract_value(value, number)
+    one = builder.insert_element(ir.Constant(ir.VectorType(value.type, WIDTH), ir.Undefined), value, _INT(0))
+    return builder.shuffle_vector(one, one, ir.Constant(_INTS, [0] * WIDTH))
+
+
+def _each(instruction: Any) -> Any:
+    """`instruction(builder, *registers)` for vectors."""
+
+    def lowered(builder: Any, *values: Any) -> Any:
+        whole = None
+        for number in range(_REGISTERS):
+            result = instruction(builder, *(_register(builder, value, number) for value in values))
+            whole = whole or ir.Constant(ir.ArrayType(result.type, _REGISTERS), ir.Undefined)
+            whole = builder.insert_value(whole, result, number)
+        return whole
+
+    return lowered
 
 
 def _define(function: Any, result: types.Type, arguments: tuple[types.Type, ...], instruction: Any) -> None:
     """Let compiled code apply `function` to `arguments`: `instruction(builder, *values)`."""
-    cases = [signature(result, *arguments)]
+    numbers = [(item, item.number) if getattr(item, "number", None) else (item,) for item in arguments]
+    own = function.__module__ == __name__
+    choices = [choice for choice in product(*numbers) if own or any(isinstance(item, _Type) for item in choice)]
+    cases = [signature(result, *choice) for choice in choices]
     template = type("_Template", (ConcreteTemplate,), {"key": function, "cases": cases})
     infer(template)
     infer_global(function, types.Function(template))
-    lower_builtin(function, *arguments)(lambda context, builder, typed, values: instruction(builder, *values))
+    for choice in choices:
+        lower_builtin(function, *choice)(lambda context, builder, typed, values: instruction(builder, *values))
 
 
 def _named(result: types.Type, arguments: tuple[types.Type, ...], instruction: Any) -> Callable[..., Any]:
@@ -75,102 +113,80 @@ def _named(result: types.Type, arguments: tuple[types.Type, ...], instruction: A
 
 
 def _library(name: str) -> Any:
-    """LLVM's own function of that name, on vectors."""
-    typed, full = ir.FunctionType(_F.ir, [_F.ir]), f"{name}.v{LANES}f32"
+    """LLVM's own function of that name."""
+    typed, full = ir.FunctionType(_FLOATS, [_FLOATS]), f"{name}.v{WIDTH}f32"
     return lambda builder, x: builder.call(cgutils.get_or_insert_function(builder.module, typed, full), [x])
 
 
-for _sign, _of_floats, _of_ints in (
-    (operator.add, ir.IRBuilder.fadd, ir.IRBuilder.add),
-    (operator.sub, ir.IRBuilder.fsub, ir.IRBuilder.sub),
-    (operator.mul, ir.IRBuilder.fmul, None),
-    (operator.truediv, ir.IRBuilder.fdiv, None),
-    (operator.and_, None, ir.IRBuilder.and_),
-    (operator.or_, None, ir.IRBuilder.or_),
-    (operator.lshift, None, ir.IRBuilder.shl),
-    (operator.rshift, None, ir.IRBuilder.ashr),
-):
-    if _of_floats:
-        _define(_sign, _F, (_F, _F), _of_floats)
-    if _of_ints:
-        _define(_sign, _I, (_I, _I), _of_ints)
-for _sign, _word in ((operator.lt, "<"), (operator.gt, ">"), (operator.eq, "==")):
-    _define(_sign, _T, (_F, _F), lambda builder, x, y, word=_word: builder.fcmp_ordered(word, x, y))
-    _define(_sign, _T, (_I, _I), lambda builder, x, y, word=_word: builder.icmp_signed(word, x, y))
-_define(operator.and_, _T, (_T, _T), ir.IRBuilder.and_)
-_define(operator.or_, _T, (_T, _T), ir.IRBuilder.or_)
-_define(operator.neg, _F, (_F,), ir.IRBuilder.fneg)
+def _load(builder: Any, row: Any, i: Any) -> Any:
+    return builder.load(builder.gep(row, [i]), align=4)
 
-absolute = _named(_F, (_F,), _library("llvm.fabs"))
-square_root = _named(_F, (_F,), _library("llvm.sqrt"))
-bits_of = _named(_I, (_F,), lambda builder, x: builder.bitcast(x, _I.ir))
-as_floats = _named(_F, (_I,), lambda builder, x: builder.sitofp(x, _F.ir))
-choose = _named(_F, (_T, _F, _F), ir.IRBuilder.select)
-choose_ints = _named(_I, (_T, _I, _I), ir.IRBuilder.select)
+
+def _store(builder: Any, row: Any, i: Any, value: Any) -> Any:
+    for number in range(_REGISTERS):
+        builder.store(_register(builder, value, number), builder.gep(row, [i, _INT(number)]), align=4)
+    return _NOTHING
 
 
 def _to_half(builder: Any, x: Any) -> Any:
-    return builder.zext(builder.bitcast(builder.fptrunc(x, _HALVES), _SHORTS), _I.ir)
+    return builder.zext(builder.bitcast(builder.fptrunc(x, _HALVES), _SHORTS), _INTS)
 
 
 def _from_half(builder: Any, x: Any) -> Any:
-    return builder.fpext(builder.bitcast(builder.trunc(x, _SHORTS), _HALVES), _F.ir)
+    return builder.fpext(builder.bitcast(builder.trunc(x, _SHORTS), _HALVES), _FLOATS)
 
 
 def _any(builder: Any, truths: Any) -> Any:
-    bits = builder.bitcast(truths, ir.IntType(LANES))
+    either = _register(builder, truths, 0)
+    for number in range(1, _REGISTERS):
+        either = builder.or_(either, _register(builder, truths, number))
+    bits = builder.bitcast(either, ir.IntType(WIDTH))
     return builder.icmp_signed("!=", bits, bits.type(0))
 
 
-def _all(builder: Any, truths: Any) -> Any:
-    bits = builder.bitcast(truths, ir.IntType(LANES))
-    return builder.icmp_signed("==", bits, bits.type(-1))
+def _prefetch(builder: Any, row: Any, i: Any) -> Any:
+    typed = ir.FunctionType(ir.VoidType(), [_BYTES, _INT, _INT, _INT])
+    function = cgutils.get_or_insert_function(builder.module, typed, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(builder.gep(row, [i]), _BYTES), _INT(0), _INT(2), _INT(1)])
+    return _NOTHING
 
 
-half_bits = _named(_I, (_F,), _to_half)  # rounded to float16, as its 16 bits
-from_half_bits = _named(_F, (_I,), _from_half)
-any_of, all_of = _named(types.boolean, (_T,), _any), _named(types.boolean, (_T,), _all)
+_build = ir.IRBuilder
+for _sign, _vector, _instruction in (
+    (operator.add, _F, _build.fadd), (operator.sub, _F, _build.fsub), (operator.mul, _F, _build.fmul),
+    (operator.truediv, _F, _build.fdiv), (operator.and_, _T, _build.and_), (operator.or_, _T, _build.or_),
+    (operator.and_, _I, _build.and_), (operator.or_, _I, _build.or_), (operator.lshift, _I, _build.shl),
+    (operator.rshift, _I, _build.ashr),
+):  # fmt: skip
+    _define(_sign, _vector, (_vector, _vector), _each(_instruction))
+for _sign, _word in ((operator.lt, "<"), (operator.gt, ">"), (operator.ge, ">="), (operator.ne, "!=")):
+    _define(_sign, _T, (_F, _F), _each(lambda builder, x, y, word=_word: builder.fcmp_ordered(word, x, y)))
+_define(operator.neg, _F, (_F,), _each(_build.fneg))
+_define(operator.invert, _T, (_T,), _each(_build.not_))
+for _vector, _row in _ROWS.items():
+    _define(operator.add, _row, (_row, types.intp), lambda builder, row, i: builder.gep(row, [i]))
+    _define(operator.getitem, _vector, (_row, types.intp), _load)
+    _define(operator.setitem, types.none, (_row, types.intp, _vector), _store)
+
+floats = _named(_F, (_F,), _each(lambda builder, x: x))  # a number in every lane
+absolute = _named(_F, (_F,), _each(_library("llvm.fabs")))
+square_root = _named(_F, (_F,), _each(_library("llvm.sqrt")))
+nearest = _named(_F, (_F,), _each(_library("llvm.rint")))  # integer, ties to even
+choose = _named(_F, (_T, _F, _F), _each(_build.select))
+any_of = _named(types.boolean, (_T,), _any)
+as_ints = _named(_I, (_F,), _each(lambda builder, x: builder.fptosi(x, _INTS)))
+half_bits = _named(_I, (_F,), _each(_to_half))  # rounded to float16, as its 16 bits
+from_half_bits = _named(_F, (_I,), _each(_from_half))
+prefetch = _named(types.none, (_ROWS[_F], types.intp), _prefetch)  # row[i], which will be wanted soon
 
 
-def _filled(scalar: types.Type, vector: _Vector) -> Callable[..., Any]:
-    """A function that puts one number, as `scalar`, into every lane."""
-
-    def fill(context: Any, x: Any) -> Any:
-        def generate(context: Any, builder: Any, typed: Any, values: Any) -> Any:
-            index = ir.IntType(32)
-            value = context.cast(builder, values[0], typed.args[0], scalar)
-            one = builder.insert_element(ir.Constant(vector.ir, ir.Undefined), value, index(0))
-            return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(index, LANES), [0] * LANES))
-
-        return signature(vector, x), generate
-
-    return cast(Callable[..., Any], intrinsic(fill))
-
-
-floats, ints = _filled(types.float32, _F), _filled(types.int32, _I)
-
-
-def _pointer(context: Any, builder: Any, typed: Any, array: Any, index: Any, vector: Any) -> Any:
-    data = context.make_array(typed.args[0])(context, builder, array).data
-    return builder.gep(builder.bitcast(data, vector.ir.as_pointer()), [index])
-
-
-def _load(context: Any, array: Any, index: Any) -> Any:
-    vector = _F if array.dtype == types.float32 else _I
+def _row_of(context: Any, array: Any) -> Any:
+    row = _ROWS[_F if array.dtype == types.float32 else _I]
 
     def generate(context: Any, builder: Any, typed: Any, values: Any) -> Any:
-        return builder.load(_pointer(context, builder, typed, values[0], values[1], vector), align=4)
+        return builder.bitcast(context.make_array(typed.args[0])(context, builder, values[0]).data, row.ir)
 
-    return signature(vector, array, types.intp), generate
-
-
-def _store(context: Any, array: Any, index: Any, value: Any) -> Any:
-    def generate(context: Any, builder: Any, typed: Any, values: Any) -> Any:
-        builder.store(values[2], _pointer(context, builder, typed, values[0], values[1], value), align=4)
-        return context.get_dummy_value()
-
-    return signature(types.void, array, types.intp, value), generate
+    return signature(row, array), generate
 
 
-load = cast(Callable[..., Any], intrinsic(_load))  # load(array, index): a vector of an array of float32 or int32
-store = cast(Callable[..., Any], intrinsic(_store))  # store(array, index, value)
+row_of = cast(Callable[..., Any], intrinsic(_row_of))  # of an array of float32 or int32, which has to outlive it

@@ -2,7 +2,8 @@
 
 The kernels (kernel_blocks.py) give ggml's bytes many times faster. That is compared with the installed library before a
 kernel is used, as a ggml that was built with fused multiplication has other bytes. Without numba, on a difference or on
-any failure ggml's function does the work. Compiled kernels are kept in the user's cache folder.
+any failure ggml's function does the work, as it does for single super-blocks that a kernel leaves to it. Compiled
+kernels are kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -24,10 +25,9 @@ from . import ggml
 
 Pack = Callable[[NDArray[np.float32], str, "NDArray[np.float32] | None"], NDArray[np.uint8]]
 
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q8_0")
 WORTHWHILE = 2**25  # weights of a type; compiling takes longer than ggml does for fewer
 _SAMPLE = (16, 4096)
-_NONE: NDArray[np.float32] = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,14 @@ def notes_of(kernels: Mapping[tuple[str, bool], Kernel]) -> tuple[str, ...]:
 def kernel(type_: str, weighted: bool) -> Kernel:
     """The kernel for `type_`, compiled, or taken from the cache, and compared with ggml's on a sample."""
     try:
-        compiled = _compiled(type_)
-        difference = _difference(type_, compiled, weighted)
+        pack = _packer(_compiled(type_, weighted))
+        difference = _difference(type_, pack, weighted)
     except Exception as error:  # numba's inner parts are used, which other versions may lack: nothing depends on them
         reason = "numba is not installed" if isinstance(error, ModuleNotFoundError) else f"no kernel: {error}"
         return Kernel(ggml.pack, f"ggml's function: {reason.splitlines()[0][:200]}")
     if difference:
         return Kernel(ggml.pack, f"ggml's function: {difference}")
-    return Kernel(_packer(compiled), f"own kernel with {instructions()}, compared with ggml's function")
+    return Kernel(pack, f"own kernel with {instructions()}, compared with ggml's function")
 
 
 def instructions() -> str:
@@ -73,7 +73,7 @@ def instructions() -> str:
 
 
 @cache
-def _compiled(type_: str) -> Callable[..., None]:
+def _compiled(type_: str, weighted: bool) -> Callable[..., None]:
     import numba
 
     from .kernel_blocks import KERNELS
@@ -83,7 +83,8 @@ def _compiled(type_: str) -> Callable[..., None]:
         raise NotImplementedError("the processor has no instructions for float16")
     read = numba.types.Array(numba.float32, 1, "C", readonly=True)
     with _numba_cache(numba.config) as cached:
-        compiled = numba.njit((read, read, numba.uint16[::1]), nogil=True, error_model="numpy", cache=cached)
+        arguments = read, read if weighted else numba.none, numba.uint16[::1], numba.boolean[::1], numba.float32[::1]
+        compiled = numba.njit(arguments, nogil=True, error_model="numpy", cache=cached)
         return cast(Callable[..., None], compiled(KERNELS[type_]))
 
 
@@ -103,11 +104,11 @@ def _numba_cache(config: Any) -> Iterator[bool]:
         config.CACHE_DIR = before
 
 
-def _difference(type_: str, compiled: Callable[..., None], weighted: bool) -> str:
+def _difference(type_: str, pack: Pack, weighted: bool) -> str:
     """What differs between the kernel's bytes and ggml's on the sample; empty: nothing."""
     rows = sample(*_SAMPLE)
     importance = np.random.default_rng(1).random((rows.shape[1],), np.float32) if weighted else None
-    ours, theirs = _packer(compiled)(rows, type_, importance), ggml.pack(rows, type_, importance)
+    ours, theirs = pack(rows, type_, importance), ggml.pack(rows, type_, importance)
     blocks = rows.size // 256
     differing = np.count_nonzero((ours.reshape(blocks, -1) != theirs.reshape(blocks, -1)).any(1))
     return f"the kernel's bytes differ in {differing} of {blocks} sampled blocks" if differing else ""
@@ -127,9 +128,23 @@ def sample(rows: int, columns: int) -> NDArray[np.float32]:
 
 
 def _packer(compiled: Callable[..., None]) -> Pack:
+    from .kernel_blocks import SCRATCH, WEIGHTS
+    from .kernel_vectors import LANES
+
     def pack(rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None) -> NDArray[np.uint8]:
-        packed = np.empty(len(rows) * ggml.row_size(type_, rows.shape[1]), dtype=np.uint8)
-        compiled(rows.reshape(-1), _NONE if importance is None else importance, packed.view(np.uint16))
-        return packed
+        if rows.shape[1] % WEIGHTS or rows.size < LANES * WEIGHTS:
+            return ggml.pack(rows, type_, importance)
+        blocks = rows.reshape(-1, WEIGHTS)
+        packed = np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8)
+        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty(SCRATCH * LANES, np.float32)
+        weights = None if importance is None else np.resize(importance, len(importance) + LANES * WEIGHTS)
+        compiled(rows.reshape(-1), weights, packed.reshape(-1).view(np.uint16), irregular, scratch)
+        columns = 1 if importance is None else len(importance) // WEIGHTS
+        for column in range(columns if irregular.any() else 0):  # of super-blocks, which have the same importances
+            left = np.flatnonzero(irregular[column::columns]) * columns + column
+            if left.size:
+                part = None if importance is None else importance[column * WEIGHTS :][:WEIGHTS]
+                packed[left] = ggml.pack(blocks[left], type_, part).reshape(len(left), -1)
+        return packed.reshape(-1)
 
     return pack

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import gguf
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError, ModelFileError
@@ -41,7 +42,12 @@ RECOMMENDED = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "
 PLAIN_TYPES = ("F32", "F16", "BF16")
 TENSOR_TYPES = (*dict.fromkeys(BASE_TYPES.values()), "Q4_1", "Q5_0", "Q5_1", "IQ4_NL")
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
-_CACHED = 2**15  # weights whose intermediate results stay in a core's cache
+_PART = 2**15 - 64  # numbers
+# what torch calls it, the bits of its exponent, the largest number
+_SIXTEEN_BITS = {
+    type_: (dtype, np.uint16(exponent), torch.finfo(dtype).max)
+    for type_, dtype, exponent in (("F16", torch.float16, 0x7C00), ("BF16", torch.bfloat16, 0x7F80))
+}
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -222,35 +228,34 @@ def quantize_rows(
     `name`, for NaN or infinite input and for values beyond F16's range.
     """
     rows = np.ascontiguousarray(rows, dtype=np.float32)
-    if not np.isfinite(rows).all():
-        raise ModelFileError(f"{name} holds NaN or infinite weights", "the checkpoint is damaged; fetch it again")
+    if type_ in _SIXTEEN_BITS:
+        return _sixteen_bits(rows, type_, name)
+    _check_finite(rows, name)
     if type_ == "F32":
         return rows.view(np.uint8).reshape(-1)
-    if type_ == "BF16":
-        return _bfloat16(rows, name).view(np.uint8).reshape(-1)
-    if type_ == "F16":
-        return _float16(rows, name).view(np.uint8).reshape(-1)
     return _packed(rows, type_, importance, name, pack)
 
 
-def _bfloat16(rows: NDArray[np.float32], name: str) -> NDArray[np.uint16]:
-    bits = rows.view(np.uint32).reshape(-1)
-    halves = np.empty(bits.size, np.uint16)
-    for start in range(0, bits.size, _CACHED):
-        part = bits[start : start + _CACHED]
-        rounded = part + (np.uint32(0x7FFF) + ((part >> np.uint32(16)) & np.uint32(1)))  # to nearest, ties to even
-        halves[start : start + _CACHED] = rounded >> np.uint32(16)
-    if ((halves & np.uint16(0x7F80)) == 0x7F80).any():
-        raise ModelFileError(f"{name} holds weights beyond BF16's range", "choose F32")
-    return halves
+def _check_finite(rows: NDArray[np.float32], name: str) -> None:
+    if not np.isfinite(rows).all():
+        raise ModelFileError(f"{name} holds NaN or infinite weights", "the checkpoint is damaged; fetch it again")
 
 
-def _float16(rows: NDArray[np.float32], name: str) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        halves = rows.astype(np.float16)
-    if not np.isfinite(halves).all():
-        raise ModelFileError(f"{name} holds weights beyond F16's range (65504)", "choose BF16 or F32")
-    return halves
+def converted(source: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The same numbers as `dtype`, in parts so small that torch starts no threads of its own below every worker."""
+    flat, result = source.reshape(-1), torch.empty(source.numel(), dtype=dtype)
+    for start in range(0, len(flat), _PART):
+        result[start : start + _PART] = flat[start : start + _PART]
+    return result.view(source.shape)
+
+
+def _sixteen_bits(rows: NDArray[np.float32], type_: str, name: str) -> NDArray[np.uint8]:
+    dtype, exponent, largest = _SIXTEEN_BITS[type_]
+    bits = converted(torch.from_numpy(rows), dtype).view(torch.int16).numpy().view(np.uint16).reshape(-1)
+    if ((bits & exponent) == exponent).any():
+        _check_finite(rows, name)
+        raise ModelFileError(f"{name} holds weights beyond {type_}'s range ({largest:.6g})", "choose F32")
+    return bits.view(np.uint8)
 
 
 def _packed(

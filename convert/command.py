@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ import click
 
 from koala_local import console
 from koala_local.errors import Interrupted, KoalaError
+from koala_local.extras import need
+from koala_local.models.reference import name_of
 
 from .publish import publish, unverified
 
@@ -29,6 +30,7 @@ _BITS = ("2", "3", "4", "5", "6", "8")
 _HELD_LENGTH = 512  # tokens of a sequence of the held text
 _VERIFY_SECONDS = 180.0  # what the source's forward pass may take
 _SAMPLE, _GPTQ_SAMPLE = (512, 64), (2048, 128)  # tokens of a calibration sequence, sequences at most
+_NEEDED = ("torch", "safetensors", "sentencepiece", "gguf")
 _EXISTING = click.Path(exists=True, path_type=Path)
 
 
@@ -56,7 +58,7 @@ def quantize(source: Path, **options: Any) -> None:
     SOURCE is a Hugging Face folder, Meta's folder, an EasyLM stream or a GGUF of the LLaMA family. It is read tensor by
     tensor; the whole model is never in memory.
     """
-    _need_extra()
+    need("convert", *_NEEDED)
     if options["calibration"] and options["imatrix"]:
         raise click.UsageError("--calibration and --imatrix exclude each other")
     if options["group_size"] and options["layout"] != "gptq":
@@ -70,13 +72,6 @@ def quantize(source: Path, **options: Any) -> None:
         _quantize_to_gptq(source, options)
     else:
         _quantize_to_gguf(source, options)
-
-
-def _need_extra() -> None:
-    missing = [name for name in ("torch", "safetensors", "sentencepiece", "gguf") if find_spec(name) is None]
-    if missing:
-        what = f"this command needs {', '.join(missing)}, not installed yet"
-        raise KoalaError(what, "run `make convert`, or install koala-local[convert]")
 
 
 def _open(source: Path, options: dict[str, Any]) -> Checkpoint:
@@ -167,13 +162,15 @@ def _calibration_sample(source: Path, folder: Path | None, config: ModelConfig, 
     """What --calibration names; for GPTQ, which cannot do without, the built-in text is the default."""
     from .calibration import builtin_calibration, make_sample, read_texts
     from .estimate import estimate
+    from .gptq_checkpoint import default_compute
 
     path, gptq = options["calibration"], options["layout"] == "gptq"
     longest, most = _GPTQ_SAMPLE if gptq and path else _SAMPLE
     length = min(longest, config.context)
     with _tokenizer(source, folder, config) as tokenizer:
         sample = make_sample(read_texts(path) if path else builtin_calibration(), tokenizer, length=length, most=most)
-    cost = estimate(config, sample.tokens, length, head=False, gptq=gptq)
+    compute = default_compute() if gptq else None
+    cost = estimate(config, sample.tokens, length, head=False, gptq=gptq, compute=compute)
     console.note(f"calibration: {sample}; {cost}" + ("; solving the layers comes on top" if gptq else ""))
     if path is None:
         console.note("the built-in text is small: --calibration FILE with your own texts gives a better model")
@@ -198,8 +195,9 @@ def _compared(
 
 
 def _stem(source: Path) -> str:
-    path = source.resolve()
-    return path.name if path.is_dir() else path.stem
+    """What the source is called; links are not followed: the hub's cache names what they lead to after hashes."""
+    path = source.absolute()
+    return name_of(path) if path.is_dir() else path.stem
 
 
 def _quantize_gguf(
@@ -365,7 +363,7 @@ def _check_round_trip(written: Callable[[str], list[int]], source: Tokenizer) ->
 @click.option("--dtype", type=click.Choice(["F32", "F16", "BF16"]), help="Type of the weights; default: the base's.")
 def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype: Any) -> None:
     """Write base + difference as a Hugging Face checkpoint, streaming."""
-    _need_extra()
+    need("convert", *_NEEDED)
     from koala_local.models.page import size
 
     from .checkpoint import open_checkpoint

@@ -165,7 +165,7 @@ def _manifest(
     manifest = {
         "format": _FORMAT,
         "settings": asdict(settings),
-        "model": {**asdict(checkpoint.config), "name": ""},  # a folder may be moved between two runs
+        "model": {**asdict(checkpoint.config), "name": "", "licence": ""},  # neither touches the bytes
         "weights": weights.hexdigest(),
         "calibration": tokens.hexdigest(),
         "compute": [compute.device, str(compute.dtype)],

@@ -56,7 +56,9 @@ step base/config.json train base --data base-corpus --tokenizer tokenizer --conf
 # shellcheck disable=SC2086
 step koala-nano/config.json train koala-nano --base base --data koala-corpus --config "$here/koala-run.toml" ${KOALA:-}
 # its own name and licence, which `koala quantize` takes over
-sed -i 's/^license: other$/license: apache-2.0/; s/^license_name: see-below$/model_name: Koala Nano/' koala-nano/README.md
+sed 's/^license: other$/license: apache-2.0/; s/^license_name: see-below$/model_name: Koala Nano/' \
+    koala-nano/README.md >README.part
+mv README.part koala-nano/README.md
 step koala-nano-q4_k_m.gguf koala quantize koala-nano --bits 4 -o koala-nano-q4_k_m.gguf --calibration more-world.jsonl
 step koala-nano-gptq koala quantize koala-nano --bits 4 --format gptq -o koala-nano-gptq --calibration more-world.jsonl
 step answers.md written answers.md ask.py koala-nano-q4_k_m.gguf

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from koala_local import console
-
-from .data.command import need_extra
+from koala_local.extras import need
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -40,7 +39,7 @@ def finetune(data: str, out: Path, words: tuple[str, ...], **options: Any) -> in
     KEY=VALUE sets one of: epochs, max_steps, sequence_length, global_batch, micro_batch, learning_rate, .. and, for a
     model from scratch, model.hidden_size, model.layers, ..; an unknown key lists all.
     """
-    need_extra("torch", "transformers", "safetensors", "sentencepiece", "tensorboard", "matplotlib")
+    need("finetune", "torch", "transformers", "safetensors", "sentencepiece", "tensorboard", "matplotlib")
 
     if options["rendezvous"] and options["nodes"] == 1:
         raise click.UsageError("--rendezvous is for --nodes of 2 or more")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from koala_local import __version__, console
+from koala_local.models.card import read_card
+from koala_local.models.reference import repository_of
 
 from .adapters import adapter_state, merge_into_base
 from .data.packing import PackPlan
@@ -50,8 +51,8 @@ def finish(job: Job, run: Run, plan: PackPlan) -> None:
 def _training(job: Job, run: Run, plan: PackPlan, dtype: str) -> Training:
     return Training(
         name=job.out.resolve().name,
-        base=_name_of(job.base) if job.base else None,
-        base_licence=licence_of(job.base) if job.base else None,
+        base=(repository_of(job.base.absolute()) or job.base.resolve().name) if job.base else None,
+        base_licence=(read_card(job.base).licence or None) if job.base else None,
         numbers=Numbers.of(run.trainee.config),
         settings=run.settings,
         manifest=plan.corpus.manifest,
@@ -62,28 +63,6 @@ def _training(job: Job, run: Run, plan: PackPlan, dtype: str) -> Training:
         ranks=run.rank.world_size,
         gpu=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "",
     )
-
-
-def _name_of(base: Path) -> str:
-    """The folder's name; the repository's where it lies in the hub's cache, whose folders are called after commits."""
-    folder = base.resolve()
-    repository = folder.parent.parent.name
-    if folder.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return folder.name
-
-
-def licence_of(base: Path) -> str | None:
-    """The licence that the base's own card, a stranger's file, names; None where there is no card, or none in it."""
-    from huggingface_hub import metadata_load
-
-    try:
-        said = metadata_load(base / "README.md") or {}
-    except Exception:  # whatever YAML that is none may raise
-        return None
-    named = said.get("license_name") if said.get("license") == "other" else None
-    licence = named or said.get("license")
-    return f"{licence[:100]}, by its own card" if isinstance(licence, str) else None
 
 
 def _final_weights(job: Job, run: Run) -> tuple[Iterable[tuple[str, torch.Tensor]], Dtype]:

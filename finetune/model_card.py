@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from koala_local.models.card import UNSTATED
+
 from .data.corpus import Manifest
 from .data.packing import PackPlan
 from .data.sources import SOURCES
@@ -78,7 +80,7 @@ Each field is tokenized on its own. `koala chat` writes this, and so does the ch
 
 def _metadata(run: Training) -> str:
     lines = ["---", "language: en", "library_name: transformers", "pipeline_tag: text-generation", "tags: [koala]"]
-    lines += ["license: other", "license_name: see-below"]
+    lines += ["license: other", f"license_name: {UNSTATED}"]
     if run.base and _is_hub_id(run.base):
         lines.append(f"base_model: {run.base}")
     return "\n".join([*lines, "---\n"])

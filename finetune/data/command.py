@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
 from koala_local import console
-from koala_local.errors import KoalaError
+from koala_local.extras import need
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _NEEDED = ("numpy", "sentencepiece", "datasketch", "py3langid", "matplotlib", "pyarrow")
@@ -52,7 +51,7 @@ def build(
 
     A build that was stopped goes on where it was when it is run again.
     """
-    need_extra(*_NEEDED)
+    need("finetune", *_NEEDED)
     from .build import build as make
     from .build import choose_recipe
     from .tokens import DialogueTokenizer
@@ -82,7 +81,7 @@ def build(
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 def tokenizer(files: tuple[Path, ...], size: int, output: Path) -> None:
     """Make a tokenizer of LLaMA's kind of FILES, which hold dialogues or texts as `koala data build` takes them."""
-    need_extra(*_NEEDED)
+    need("finetune", *_NEEDED)
     from .new_tokenizer import train_tokenizer
 
     lines = train_tokenizer(files, size, output)
@@ -96,7 +95,7 @@ def tokenizer(files: tuple[Path, ...], size: int, output: Path) -> None:
 @click.option("--random", "at_random", is_flag=True, help="Any one.")
 def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool) -> None:
     """Show an example of CORPUS as the model reads it: tokens that are trained on are green, or in ⟦brackets⟧."""
-    need_extra(*_NEEDED)
+    need("finetune", *_NEEDED)
     if index is not None and at_random:
         raise click.UsageError("--index and --random exclude each other")
     from .look import look
@@ -121,7 +120,7 @@ def inspect(corpus: Path, source: str | None, index: int | None, at_random: bool
 @click.option("--no-plots", is_flag=True, help="Write no pictures into the corpus's folder.")
 def report(corpus: Path, as_json: bool, no_plots: bool) -> None:
     """Tell what CORPUS is made of: counts beside the published ones, lengths, and what was left out and why."""
-    need_extra(*_NEEDED)
+    need("finetune", *_NEEDED)
     from .look import read_report
 
     found = read_report(corpus)
@@ -143,10 +142,3 @@ def _show_report(found: object) -> None:
         console.out_console().print(view)
     else:
         console.out(console.as_text(view))
-
-
-def need_extra(*modules: str) -> None:
-    """Raise KoalaError unless these are installed, as the extra `finetune` does."""
-    if missing := [name for name in modules if find_spec(name) is None]:
-        what = f"this command needs {', '.join(missing)}, not installed yet"
-        raise KoalaError(what, "run `make finetune`, or install koala-local[finetune]")

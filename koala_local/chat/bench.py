@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from koala_local.chat.kv_files import KvFiles
 from koala_local.chat.ledger import Exchange, Ledger
 from koala_local.dialogue import Turn
 from koala_local.engine.base import Engine
-from koala_local.engine.llama import Placement
+from koala_local.engine.llama import Placement, plain_attention
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import ContextError
 
@@ -132,12 +133,8 @@ def measure_resume(ledger: Ledger) -> Resume:
     return Resume(len(ids), size, loading, time.perf_counter() - started)
 
 
-def peak_memory() -> int | None:
-    """The most bytes that this process has had in RAM; None where the system does not say."""
-    if sys.platform == "win32":
-        return None
-    import resource
-
+def peak_memory() -> int:
+    """The most bytes that this process has had in RAM."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -159,6 +156,7 @@ def ask_peer(path: Path, prefill: Sequence[int], decode: Sequence[int], placemen
     read, written = (",".join(map(str, lengths)) or "0" for lengths in (prefill, decode))
     command = [program, "-m", str(path), "-p", read, "-n", written, "-ngl", str(placement.gpu_layers or 0)]
     command += ["-t", str(placement.threads), "-ctk", placement.kv_type, "-ctv", placement.kv_type]
+    command += ["-fa", "0"] if placement.kv_type == "f16" and plain_attention() else []  # as the engine decides
     command += ["-r", str(_REPEATS), "-o", "json"]
     try:
         done = subprocess.run(

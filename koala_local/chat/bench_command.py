@@ -82,7 +82,7 @@ def _peer(loaded: LoadedModel, prefill: list[int], decode: list[int]) -> Peer | 
 
 
 def _as_json(
-    loaded: LoadedModel, speeds: list[Speed], turns: list[TurnTime], resume: Resume | None, peak: int | None
+    loaded: LoadedModel, speeds: list[Speed], turns: list[TurnTime], resume: Resume | None, peak: int
 ) -> dict[str, Any]:
     return {
         "model": loaded.name,
@@ -95,9 +95,7 @@ def _as_json(
     }
 
 
-def _page(
-    loaded: LoadedModel, speeds: list[Speed], turns: list[TurnTime], resume: Resume | None, peak: int | None
-) -> str:
+def _page(loaded: LoadedModel, speeds: list[Speed], turns: list[TurnTime], resume: Resume | None, peak: int) -> str:
     from koala_local.engine.text_stream import one_line
     from koala_local.models.page import columns, size
 
@@ -116,8 +114,7 @@ def _page(
         file = size(resume.file_bytes)
         text = f"resume {resume.tokens} tokens: {load} from a file of {file}; evaluating them takes {evaluate}"
         parts.append(console.folded(text))
-    if peak is not None:
-        parts.append(console.folded(f"peak memory: {size(peak)}, of which some 50 MB are the program's own"))
+    parts.append(console.folded(f"peak memory: {size(peak)}, of which some 50 MB are the program's own"))
     return "\n\n".join(parts)
 
 

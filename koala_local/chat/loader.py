@@ -12,13 +12,13 @@ from koala_local.chat.ledger import Ledger, Overflow
 from koala_local.dialogue import PromptFormat
 from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.errors import ModelFileError, OutOfMemoryError
-from koala_local.models import cache
 from koala_local.models.card import read_card
 from koala_local.models.configuration import read_template, refuse_unquantized
 from koala_local.models.devices import this_machine
 from koala_local.models.gguf_header import GgufHeader, read_header
 from koala_local.models.load_probe import probing
 from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish, fit, step_down
+from koala_local.models.reference import name_of, repository_of
 from koala_local.models.resolve import resolve
 from koala_local.models.shape import all_tensors, read_shape
 from koala_local.models.store import mark_used
@@ -56,7 +56,7 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
-        return self.header.name if self.header else cache.repository_of(self.path) or self.path.name
+        return self.header.name if self.header else repository_of(self.path) or self.path.name
 
     def ledger(self, overflow: Overflow) -> Ledger:
         return Ledger(self.engine, self.format, overflow)
@@ -68,7 +68,7 @@ class LoadedModel:
     def licence_notice(self) -> str:
         """What the banner must say about the licence, or nothing."""
         licence = self.header.licence if self.header else read_card(self.path).licence
-        if "koala" in f"{self.name} {cache.name_of(self.path)}".lower() and (licence or "").lower() != "apache-2.0":
+        if "koala" in f"{self.name} {name_of(self.path)}".lower() and (licence or "").lower() != "apache-2.0":
             return _RESEARCH_ONLY
         return ""
 
@@ -167,7 +167,7 @@ def _choose_format(
     return pick_format(
         template,
         model_name=header.name if header else "",
-        file_name=cache.name_of(path),
+        file_name=name_of(path),
         template=header.chat_template if header else read_template(path),
         vocabulary=vocabulary,
         bos_text=texts.get(vocabulary.bos, "") if vocabulary.bos is not None else "",

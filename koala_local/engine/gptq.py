@@ -23,7 +23,7 @@ from koala_local.engine.gptq_sampler import TorchSampler
 from koala_local.engine.gptq_tokenizer import Expected, GptqTokenizer
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMemoryError
-from koala_local.models.cache import repository_of
+from koala_local.models.reference import repository_of
 
 SLOTS = 4  # copies share nothing: each held branch takes memory of its own
 _BATCH = 64  # tokens between two looks at `interrupt`

@@ -23,13 +23,16 @@ _KV_STEP = 256  # tokens by which a slot's KV cache grows
 def load_model(settings: ModelConfig, layout: Layout, files: TensorFiles, place: Placement) -> tuple[Any, str]:
     """transformers' model with all weights read from `files`, and what its linear layers are where they are not this
     project's own: on a GPU gptqmodel's, if they are installed and compute the same. Raises ModelFileError."""
+    reason, kernels = "", None
     if place.device == "cuda" and installed():
         try:
             kernels = Kernels(layout, place)
             return build_model(settings, layout, files, place, kernels), kernels.name
-        except Unfit as error:
-            return build_model(settings, layout, files, place), f"own layers: {error}"
-    return build_model(settings, layout, files, place), ""
+        except (Unfit, torch.OutOfMemoryError) as error:
+            reason = f"own layers: {str(error).partition(chr(10))[0]}"
+        kernels = None  # with the layers that it holds, before others are made
+        torch.cuda.empty_cache()
+    return build_model(settings, layout, files, place), reason
 
 
 def build_model(

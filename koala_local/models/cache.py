@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from koala_local.errors import KoalaError
-from koala_local.models.reference import HubReference, is_commit
+from koala_local.models.configuration import quantization_method, read_quantization
+from koala_local.models.reference import PREFIX, HubReference, is_commit
 from koala_local.models.variants import File, Variant, choose, is_meant, variants
-
-_PREFIX = "models--"
 
 
 def folder() -> Path:
@@ -20,29 +19,16 @@ def folder() -> Path:
 
 
 def repository_folder(repository: str) -> Path:
-    return folder() / (_PREFIX + repository.replace("/", "--"))
-
-
-def repository_of(path: Path) -> str | None:
-    """The repository whose snapshot `path` is; None for any other folder."""
-    home = path.parent.parent
-    if path.parent.name != "snapshots" or not home.name.startswith(_PREFIX):
-        return None
-    return home.name.removeprefix(_PREFIX).replace("--", "/", 1)
-
-
-def name_of(path: Path) -> str:
-    """The name that tells what the model at `path` is: a snapshot in the cache is called after its commit."""
-    return (repository_of(path) or path.name).rpartition("/")[2]
+    return folder() / (PREFIX + repository.replace("/", "--"))
 
 
 def repositories() -> list[str]:
     """The models that the cache holds something of."""
     try:
-        names = sorted(path.name for path in folder().iterdir() if path.name.startswith(_PREFIX))
+        names = sorted(path.name for path in folder().iterdir() if path.name.startswith(PREFIX))
     except OSError:
         return []
-    return [name.removeprefix(_PREFIX).replace("--", "/", 1) for name in names]
+    return [name.removeprefix(PREFIX).replace("--", "/", 1) for name in names]
 
 
 def snapshots(repository: str, revision: str | None = None) -> list[Path]:
@@ -71,18 +57,16 @@ def _commit_of(home: Path, revision: str) -> str | None:
 
 def variants_in(snapshot: Path) -> list[Variant]:
     """The models in a snapshot that are there as a whole."""
-    found = variants(_files(snapshot), gptq=is_gptq(snapshot))
+    found = variants(_files(snapshot), method=method_of(snapshot))
     return [variant for variant in found if not variant.is_folder or _is_whole(snapshot, variant)]
 
 
-def is_gptq(folder: Path) -> bool:
-    """Whether the folder's config.json says so."""
-    from koala_local.models.configuration import read_quantization
-
+def method_of(folder: Path) -> str:
+    """Of the folder's quantization; "" where there is none, or it cannot be read."""
     try:
-        return read_quantization(folder).get("quant_method") == "gptq"
+        return quantization_method(read_quantization(folder))
     except KoalaError:
-        return False
+        return ""
 
 
 def _files(snapshot: Path) -> Iterator[File]:

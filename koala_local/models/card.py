@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+UNSTATED = "see-below"  # the licence's name in a card that states none
 _LARGEST = 1 << 20  # bytes
 _LONGEST = 200  # characters of a name or a licence
 
@@ -29,7 +30,9 @@ def read_card(folder: Path) -> Card:
         return Card()
     found = found if isinstance(found, dict) else {}
     licence = _text(found.get("license"))
-    return Card(_text(found.get("model_name")), "" if licence == "other" else licence)
+    if licence == "other":
+        licence = _text(found.get("license_name"))
+    return Card(_text(found.get("model_name")), "" if licence == UNSTATED else licence)
 
 
 def _text(value: object) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from koala_local.errors import ModelFileError
-from koala_local.models.cache import name_of
 from koala_local.models.json_file import read_object, read_optional
+from koala_local.models.reference import name_of
 
 # "LLaMAForCausalLM" is how the class was called while it was being added to transformers; checkpoints kept it.
 _ARCHITECTURES = {
@@ -150,20 +150,28 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     return found or read_optional(folder / "quantize_config.json")
 
 
+def quantization_method(quantization: object) -> str:
+    """Its name in a `quantization_config`, "" where it is not told."""
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    return method.lower() if isinstance(method, str) else ""
+
+
 def read_template(folder: Path) -> str | None:
     """The chat template of a checkpoint's folder: chat_template.jinja, else the default one of tokenizer_config.json.
-    Raises ModelFileError for one that is too large."""
+    Raises ModelFileError for one that is too large, or cannot be read."""
     try:
         with (folder / "chat_template.jinja").open("rb") as file:
             template: Any = file.read(_TEMPLATE_LIMIT + 1).decode("utf-8", "replace")
-    except FileNotFoundError:
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise ModelFileError(f"chat_template.jinja in {folder} cannot be read: {error.strerror}", _REPAIR) from None
         template = read_optional(folder / "tokenizer_config.json").get("chat_template")
         if isinstance(template, list):
             named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
             template = named.get("default")
     if not isinstance(template, str) or not template:
         return None
-    if len(template) > _TEMPLATE_LIMIT:
+    if len(template.encode("utf-8", "replace")) > _TEMPLATE_LIMIT:
         raise ModelFileError(f"the chat template in {folder} is larger than 1 MiB", "no honest template is that large")
     return template
 

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
 from koala_local.models import cache
+from koala_local.models.configuration import quantization_method
 from koala_local.models.page import size
 from koala_local.models.reference import HubReference, is_commit, is_oid, is_safe_name
 from koala_local.models.transfer import HubError, Progress, Source, bytes_kept, fetch
@@ -49,7 +50,7 @@ class Repository:
     reference: HubReference
     commit: str
     files: tuple[File, ...]
-    gptq: bool = False  # its config.json says so
+    method: str = ""  # of quantization, as its config.json says
 
     @property
     def name(self) -> str:
@@ -65,17 +66,12 @@ def describe(reference: HubReference) -> Repository:
                 name, revision=reference.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
             )
             files = tuple(_checked(name, sibling) for sibling in info.siblings or ())
-            commit, gptq = info.sha, _says_gptq(info.config)
+            commit, method = info.sha, quantization_method((info.config or {}).get("quantization_config"))
         except (KeyError, TypeError, AttributeError) as error:
             raise HubError(f"the hub's answer about {name} makes no sense ({error!r:.80})", _ODD) from None
     if not is_commit(commit) or commit is None:
         raise HubError(f"the hub names no commit of {name}", _ODD)
-    return Repository(reference, commit, files, gptq)
-
-
-def _says_gptq(config: Any) -> bool:
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "gptq"
+    return Repository(reference, commit, files, method)
 
 
 def _checked(repository: str, sibling: Any) -> File:

@@ -32,7 +32,7 @@ class Offer:
 def look(reference: HubReference, fits: Fits) -> Offer:
     """Ask the hub. Raises HubError, or ModelFileError for a type or file that is not there."""
     repository = hub.describe(reference)
-    found = variants(repository.files, gptq=repository.gptq)
+    found = variants(repository.files, method=repository.method)
     if not found or _is_old(reference.choice or ""):
         raise _no_model(repository)
     if reference.choice and reference.choice.lower().endswith(_PICKLES):
@@ -60,6 +60,9 @@ def _no_model(repository: hub.Repository) -> ModelFileError:
         return ModelFileError(what, "get the model as GGUF or safetensors")
     if any(file.lower().endswith(".gguf") for file in names):
         return ModelFileError(f"{name} has GGUF files, but no whole model", "parts of a split model are missing there")
+    if repository.method not in ("", "gptq"):
+        what = f"the weights of {name} are quantized by {repository.method[:40]!r}, which koala does not read"
+        return ModelFileError(what, "get the model as GGUF or GPTQ, or in its 16-bit form")
     what = f"{name} holds no model that koala reads"
     return ModelFileError(what, "it needs a .gguf file, or config.json with weights beside it")
 

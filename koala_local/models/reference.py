@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9](?:[\w./-]*\w)?", re.ASCII)
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LONGEST = 255
+PREFIX = "models--"  # of a repository's folder in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +74,16 @@ def is_safe_name(name: object) -> bool:
     if not name.isprintable() or "\\" in name or ":" in name:
         return False
     return not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+def repository_of(path: Path) -> str | None:
+    """The repository whose snapshot `path` is; None for any other folder."""
+    home = path.parent.parent
+    if path.parent.name != "snapshots" or not home.name.startswith(PREFIX):
+        return None
+    return home.name.removeprefix(PREFIX).replace("--", "/", 1)
+
+
+def name_of(path: Path) -> str:
+    """The name that tells what the model at `path` is: a snapshot in the cache is called after its commit."""
+    return (repository_of(path) or path.name).rpartition("/")[2]

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from koala_local.models import cache
 from koala_local.models.card import read_card
 from koala_local.models.devices import Machine
 from koala_local.models.gguf_header import GgufHeader, LongArray, read_header
 from koala_local.models.memory import Plan, Wish, fit
+from koala_local.models.reference import repository_of
 from koala_local.models.shape import all_tensors, read_shape
 
 _TOKENIZERS = {"llama": "SentencePiece", "gpt2": "byte-level BPE", "bert": "WordPiece", "t5": "Unigram"}
@@ -128,7 +128,7 @@ def _describe_folder(folder: Path) -> About:
     # on a CPU all but the packed weights is computed in 32 bits
     ram = kv + sum(entry.size * (2 if entry.type in ("F16", "BF16") else 1) for entry in entries)
     return About(
-        name=cache.repository_of(folder) or folder.name,
+        name=repository_of(folder) or folder.name,
         kind="gptq" if settings else "checkpoint",
         path=folder,
         architecture=config.architecture,

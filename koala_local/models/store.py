@@ -144,7 +144,7 @@ def _models_at(path: Path) -> list[Known]:
         files = [File(entry.name, entry.stat().st_size) for entry in path.iterdir() if entry.is_file()]
     except OSError:
         return []
-    found = variants(files, gptq=cache.is_gptq(path))
+    found = variants(files, method=cache.method_of(path))
     return [Known(_name(path / v.name), path / v.name, "local", v.size, v.type) for v in found]
 
 

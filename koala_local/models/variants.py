@@ -61,13 +61,13 @@ class Variant:
         return self.type or self.name
 
 
-def variants(files: Iterable[File], *, gptq: bool = False) -> list[Variant]:
-    """The models among `files`, smallest first. A split GGUF with a part missing is none. `gptq`: config.json says that
-    the weights are quantized so."""
+def variants(files: Iterable[File], *, method: str = "") -> list[Variant]:
+    """The models among `files`, smallest first. A split GGUF with a part missing is none. `method`: how the weights of
+    a checkpoint are quantized, as its config.json says."""
     files = sorted(files, key=lambda file: file.name)
     ggufs = [file for file in files if is_model_name(file.name)]
     found = _single(ggufs) + _split(ggufs)
-    return sorted(found, key=lambda variant: variant.size) or _folder(files, gptq)
+    return sorted(found, key=lambda variant: variant.size) or _folder(files, method)
 
 
 def is_model_name(name: str) -> bool:
@@ -91,17 +91,18 @@ def _split(ggufs: Sequence[File]) -> list[Variant]:
     return found
 
 
-def _folder(files: Sequence[File], gptq: bool) -> list[Variant]:
-    """The checkpoint that lies directly in the folder, without what has code in it, and without pickles where there is
-    anything else."""
+def _folder(files: Sequence[File], method: str) -> list[Variant]:
+    """The checkpoint that lies directly in the folder, if it is quantized by GPTQ or not at all; without what has code
+    in it, and without pickles where there is anything else."""
     names = {file.name for file in files}
     safe = any(name.endswith(".safetensors") and "/" not in name for name in names)
     patterns = (*_FOLDER_FILES, *(_SAFETENSORS if safe else _PYTORCH))
     wanted = tuple(file for file in files if _matches(file.name, patterns))
     if "config.json" not in names or not any(_matches(file.name, ("*.safetensors", "*.bin")) for file in wanted):
         return []
-    quantized = gptq or "quantize_config.json" in names
-    return [Variant("GPTQ" if quantized and safe else "SAFETENSORS" if safe else "PYTORCH", wanted)]
+    method = method or ("gptq" if "quantize_config.json" in names else "")
+    kind = {"gptq": "GPTQ" if safe else "", "": "SAFETENSORS" if safe else "PYTORCH"}.get(method)
+    return [Variant(kind, wanted)] if kind else []
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

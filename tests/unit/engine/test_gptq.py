@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from koala_local.chat.ledger import Answer, Exchange, Ledger
 from koala_local.dialogue import KOALA, Turn
+from koala_local.engine import gptq_model
 from koala_local.engine.base import Engine
 from koala_local.engine.cache import PrefixCache
 from koala_local.engine.gptq import GptqEngine, load_gptq
+from koala_local.engine.gptq_files import TensorFiles, read_layout, read_model_settings
+from koala_local.engine.gptq_kernels import Unfit
+from koala_local.engine.gptq_linear import Placement
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted
 from tests.gptq_maker import CONTEXT, ROWS, Made, make_gptq
@@ -290,3 +295,25 @@ def test_the_same_seed_gives_the_same_reply(engine: GptqEngine) -> None:
 
     assert reply(3).ids == reply(3).ids
     assert reply(3).ids != reply(4).ids
+
+
+@pytest.mark.parametrize("problem", [Unfit("no layer for 7 x 9"), torch.OutOfMemoryError("no room\nfor it")])
+def test_where_gptqmodels_layers_fail_the_own_ones_stay(
+    made: Made, monkeypatch: pytest.MonkeyPatch, problem: Exception
+) -> None:
+    calls = []
+
+    def build(*arguments: object) -> str:
+        calls.append(len(arguments))
+        if len(arguments) == 5:
+            raise problem
+        return "own"
+
+    monkeypatch.setattr(gptq_model, "installed", lambda: True)
+    monkeypatch.setattr(gptq_model, "Kernels", lambda *_: SimpleNamespace(name="theirs"))
+    monkeypatch.setattr(gptq_model, "build_model", build)
+    settings = (read_model_settings(made.folder), read_layout(made.folder), TensorFiles(made.folder))
+    reason = f"own layers: {str(problem).splitlines()[0]}"
+    assert gptq_model.load_model(*settings, Placement("cuda", torch.float16)) == ("own", reason)
+    assert gptq_model.load_model(*settings, Placement("cpu", torch.float32)) == ("own", "")
+    assert calls == [5, 4, 4]

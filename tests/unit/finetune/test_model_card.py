@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from koala_local.finetune.data.corpus import Counts, Manifest
 from koala_local.finetune.data.packing import Share
-from koala_local.finetune.finish import licence_of
 from koala_local.finetune.model_card import Training, model_card
 from koala_local.finetune.settings import LoraSettings, Settings
 from koala_local.finetune.throughput import Numbers
@@ -122,21 +120,3 @@ def test_it_tells_how_it_was_made(changes: dict[str, Any], said: str) -> None:
 def test_an_infinite_perplexity_is_a_dash() -> None:
     broken = {**EVALUATIONS[1], "perplexity": {"hc3": None}}
     assert "| hc3 | 40.000 | - | 900 |" in model_card(replace(run(), log=[*STEPS, EVALUATIONS[0], broken]))
-
-
-@pytest.mark.parametrize(
-    ("card", "licence"),
-    [
-        ("---\nlicense: mit\n---\n# A base", "mit, by its own card"),
-        ("---\nlicense: other\nlicense_name: llama2\n---\n", "llama2, by its own card"),
-        ("---\nlicense: [mit]\n---\n", None),
-        ("---\nlicense: 'mit\n---\n", None),
-        ("---\n- license\n---\n", None),
-        ("# license: mit", None),
-        ("---\nlicense: " + "[" * 100_000 + "\n---\n", None),
-    ],
-)
-def test_the_licence_of_the_base_is_what_its_card_names(tmp_path: Path, card: str, licence: str | None) -> None:
-    assert licence_of(tmp_path) is None
-    (tmp_path / "README.md").write_text(card)
-    assert licence_of(tmp_path) == licence

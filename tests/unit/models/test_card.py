@@ -16,6 +16,7 @@ def card_of(folder: Path, text: str) -> Card:
 
 def test_name_and_licence_are_read(tmp_path: Path) -> None:
     assert card_of(tmp_path, "---\nlicense: mit\nmodel_name: Tiny\n---\n# Tiny\n") == Card("Tiny", "mit")
+    assert card_of(tmp_path, "---\nlicense: other\nlicense_name: llama2\n---\n") == Card("", "llama2")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ def test_name_and_licence_are_read(tmp_path: Path) -> None:
         "",
         "# Only a title\n",
         "---\nlicense: other\n---\n",
+        "---\nlicense: other\nlicense_name: see-below\n---\n",
+        "---\nlicense: " + "[" * 100_000 + "\n---\n",
         "---\nlicense: [mit, bsd]\nmodel_name: 3\n---\n",
         "---\nlicense: {\n---\n",
         "---\n- a list\n---\n",

@@ -131,7 +131,7 @@ def test_a_checkpoint_that_is_not_quantized() -> None:
     (found,) = variants(files("config.json", *shards, "model.safetensors"))
     assert found.type == "SAFETENSORS"
     assert {file.name for file in found.files} == {"config.json", "model.safetensors"}
-    (found,) = variants(files("config.json", "model.safetensors"), gptq=True)
+    (found,) = variants(files("config.json", "model.safetensors"), method="gptq")
     assert found.type == "GPTQ"
     assert variants(files("sub/config.json", "sub/pytorch_model.bin")) == []
 

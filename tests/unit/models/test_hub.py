@@ -291,12 +291,14 @@ def test_the_hub_says_that_a_folder_is_quantized(server: Hub) -> None:
     files = {"config.json": b"{}", "model.safetensors": CONTENT}
     for config, expected in [
         ({"quantization_config": {"quant_method": "gptq"}}, "GPTQ"),
-        ({"quantization_config": {"quant_method": "awq"}}, "SAFETENSORS"),
         ({"quantization_config": 7}, "SAFETENSORS"),
         ([], "SAFETENSORS"),
     ]:
         server.repos["owner/new"] = Repo(files, config=config)
         assert offer("owner/new").chosen.type == expected
+    server.repos["owner/new"] = Repo(files, config={"quantization_config": {"quant_method": "awq"}})
+    with pytest.raises(ModelFileError, match="quantized by 'awq'"):
+        offer("owner/new")
 
 
 def test_the_hub_is_asked_once_for_the_listing_and_once_for_each_part(server: Hub) -> None:

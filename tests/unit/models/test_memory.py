@@ -70,10 +70,15 @@ def reported(path: Path, context: int, kv_type: str) -> Reports:
 
 @pytest.mark.parametrize(("context", "kv_type"), [(512, "f16"), (1000, "f16"), (2048, "q8_0"), (2048, "q4_0")])
 @pytest.mark.parametrize("wide", [256, 512])
-def test_the_parts_are_what_llama_cpp_reports(tmp_path: Path, wide: int, context: int, kv_type: str) -> None:
+@pytest.mark.parametrize("plain", [False, True])
+def test_the_parts_are_what_llama_cpp_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool, wide: int, context: int, kv_type: str
+) -> None:
+    monkeypatch.setattr(llama, "plain_attention", lambda: plain)
     path = make_model(tmp_path / "model.gguf", embedding=wide, heads=4, layers=3, feed_forward=3 * wide, context=4096)
     header = read_header(path)
-    parts = estimate(read_shape(header, header.tensors), this_machine(), Choice(context, kv_type, 0))
+    here = replace(this_machine(), plain_attention=plain)
+    parts = estimate(read_shape(header, header.tensors), here, Choice(context, kv_type, 0))
     reports = reported(path, context, kv_type)
     assert parts.kv / 2**20 == pytest.approx(reports.mebibytes("KV"), abs=0.01)
     assert parts.weights / 2**20 == pytest.approx(reports.mebibytes("CPU_Mapped model"), abs=0.02)

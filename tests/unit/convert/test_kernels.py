@@ -285,7 +285,7 @@ def test_where_bytes_differ_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, 
 
     def fused(rows: Array, type_: str, importance: Array | None) -> Array:
         packed = pack(rows, type_, importance)
-        packed[1000] ^= 1
+        packed[1000] ^= rows.shape[1] > 256  # not where a kernel leaves it a super-block
         return packed
 
     monkeypatch.setattr(ggml, "pack", fused)

@@ -120,7 +120,7 @@ def _round_scales(s: Scratch, numbers: Row, levels: Row, n: int, nmax: int) -> I
     inverse = choose(top > 0, nmax / top, 0)
     require(s, inverse < HUGE)
     for j in range(n):
-        levels[j] = search.nearest(inverse * numbers[j])
+        levels[j] = vectors.nearest(inverse * numbers[j])
     return half_bits(top / nmax)
 
 

@@ -19,7 +19,7 @@ HERE = Machine(8 << 30, 16 << 30)
 
 def test_the_bundled_model() -> None:
     about = show.describe(MODEL_PATH, HERE, Wish())
-    assert (about.kind, about.architecture, about.layers, about.vocabulary) == ("gguf", "llama", 4, 2048)
+    assert (about.kind, about.architecture, about.layers, about.vocabulary) == ("gguf", "llama", 6, 3072)
     assert about.licence == "apache-2.0" and about.template
     assert sum(part.weights for part in about.tensor_types) == about.parameters
     assert sum(part.bytes for part in about.tensor_types) == about.bytes

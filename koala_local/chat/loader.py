@@ -93,7 +93,7 @@ def open_model(
             f"the model was trained on {engine.trained_context} tokens of context, not {engine.context_size}: "
             "replies get worse beyond that"
         )
-    if options.gpu_layers and engine.placed.endswith("CPU"):
+    if options.gpu_layers and isinstance(engine, LlamaEngine) and not engine.gpu_layers:
         note("this build has no GPU backend, or finds no GPU: all layers stay on the CPU")
     try:
         format, reason = _choose_format(options.template, path, header, engine.vocabulary)

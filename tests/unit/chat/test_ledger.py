@@ -192,7 +192,8 @@ def test_a_stop_string_is_cut_and_rewound(engine: LlamaEngine) -> None:
         ledger.cache.clear()
 
 
-def test_an_interrupt_keeps_the_partial_reply(ledger: Ledger) -> None:
+def test_an_interrupt_keeps_the_partial_reply(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("koala_local.chat.ledger._PACE_S", 0.0)  # each token's text at once
     chunks: list[str] = []
 
     def stop_after_three(text: str) -> None:

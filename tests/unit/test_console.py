@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import struct
 import subprocess
@@ -264,5 +265,7 @@ def test_notes_and_progress_are_readable_on_a_narrow_terminal(
     assert os.read(reader, 1000).decode().splitlines() == ["first line", "word " * 7 + "word", "word " * 3 + "word"]
     with console.progress("downloading", "B") as step:
         step(1_300_000, 7_900_000, "koala-13B-HF.Q4_K_M.gguf")
-    shown = os.read(reader, 10_000).decode()
+    shown = ""
+    while select.select([reader], [], [], 0.5)[0]:  # it comes in parts
+        shown += os.read(reader, 10_000).decode()
     assert "1.3/7.9 MB" in shown and "Q4_K_M" not in shown

@@ -158,10 +158,17 @@ NANO = Path(koala_local.__file__).parent / "nano" / "koala-nano-q4_k_m.gguf"
 
 
 def dialogue_ids(count: int) -> list[tuple[int, ...]]:
-    """Token ids of a dialogue as one text, from the bundled model's own tokenizer."""
+    """Token ids of a dialogue that is mostly a reply: the bundled model was trained on replies."""
     model = llama_cpp.Llama(str(NANO), vocab_only=True, verbose=False)
-    text = "BEGINNING OF CONVERSATION: USER: Hello! What is your name? GPT: My name is Koala. How are you today?"
-    return [tuple(model.tokenize(text.encode(), special=False))[:count]]
+    reply = (
+        "Once there was a little fox. It lived in the forest. One cold Sunday the fox was hungry and went out to look "
+        'for berries. On the way it met a bear. "Good morning," said the bear. "Where are you going?" '
+        '"I am looking for berries," said the fox. '
+        "The bear knew a good place, and they went there together. They ate until they were full."
+    )
+    fields = ("BEGINNING OF CONVERSATION: USER: tell me a story about a fox GPT:", reply)
+    ids = [token for text in fields for token in model.tokenize(text.encode(), add_bos=False, special=False)]
+    return [(model.token_bos(), *ids)[:count]]
 
 
 def llama_cpp_logits(ids: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
@@ -172,12 +179,10 @@ def llama_cpp_logits(ids: Sequence[int]) -> Iterator[np.ndarray[Any, Any]]:
 
 def test_the_bundled_model_streams_as_llama_cpp_runs_it() -> None:
     """Our GGUF, read without an engine, against the engine: what remains is llama.cpp's 8-bit activations."""
-    sequences, checkpoint = dialogue_ids(60), open_checkpoint(NANO)
-    got = compare(streamed_logits(checkpoint, sequences), llama_cpp_logits, sequences)
+    sequences = dialogue_ids(100)
+    got = compare(streamed_logits(open_checkpoint(NANO), sequences), llama_cpp_logits, sequences)
     assert got.tokens > 15 and got.kl_mean < 0.01 and got.same_top > 0.85
-    assert (
-        got.source_perplexity < checkpoint.config.vocabulary_size / 2
-    )  # it was trained on replies, not on what is asked
+    assert got.source_perplexity < 60
 
 
 def test_a_wrong_rotary_layout_is_found() -> None:

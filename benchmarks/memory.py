@@ -3,8 +3,9 @@
     python -m benchmarks.memory            three shapes x three contexts, f16; and q8_0 once each
 
 Measured is the peak resident memory (VmHWM: pages of the model's file, and all else) of a process of its own that loads
-the model as the program does, reads a batch of 512 tokens and writes two, less what the process had before. The models
-have weights of zeros: memory does not care. Linux only.
+the model as the program does, fills its context with copies of a batch of 512 tokens, and evaluates one more batch,
+less what the process had before: what a batch needs grows with the history. The models have weights of zeros: memory
+does not care. Linux only.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tests.gguf_maker import vocabulary
 
 _CONTEXTS = (1024, 2048, 4096)
 _WITHIN = 0.05
-_READ = 512  # a whole batch
+_BATCH = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +138,13 @@ def _measure(path: Path, context: int, kv_type: str) -> int:
 
     before = _status("VmRSS")
     engine = LlamaEngine(path, "benchmark", Placement(context, 0, kv_type))
-    engine.evaluate([7] * _READ, slot=0, position=0)
-    for position in (_READ, _READ + 1):
-        engine.evaluate((9,), slot=0, position=position)
+    ids, last = [7] * _BATCH, context // _BATCH - 1
+    engine.evaluate(ids, slot=0, position=0)
+    engine.save(0, ids, path.with_suffix(".kv"))
+    for slot in range(1, last):
+        engine.load(slot, path.with_suffix(".kv"))
+    engine.evaluate(ids[:-1], slot=last, position=0)
+    engine.evaluate((9,), slot=last, position=_BATCH - 1)
     peak = _status("VmHWM")
     engine.close()
     return peak - before

@@ -125,7 +125,6 @@ def estimate(shape: Shape, machine: Machine, choice: Choice) -> Parts:
     on_cpu = [shape.input, *shape.layers[:split], *([] if choice.gpu_layers and not shape.tied else [shape.output])]
     gpu = [*shape.layers[split:], *([shape.output] if choice.gpu_layers else [])]
     kv = [_kv_bytes(widths, choice) for widths in shape.kv_widths]
-    work = _TOKENS * max(shape.feed_forward, shape.embedding) * 292 // 256
     logits = _SLOTS * shape.vocabulary * 4
     weights, repacked = sum(block.size for block in on_cpu), 0
     for block in on_cpu:
@@ -135,7 +134,7 @@ def estimate(shape: Shape, machine: Machine, choice: Choice) -> Parts:
         repacked=repacked,
         kv=sum(kv[:split]),
         compute=_on_cpu(shape, choice, machine) if split else _mask(choice) + 2 * _TOKENS * shape.embedding * 4,
-        runtime=_TOKEN_BYTES * shape.vocabulary + logits + (work if split else 0),
+        runtime=_TOKEN_BYTES * shape.vocabulary + logits + (_work(shape, choice, machine) if split else 0),
         gpu_weights=sum(block.size for block in gpu),
         gpu_kv=sum(kv[split:]),
         gpu_compute=_reserved(shape, choice) * max(1, len(machine.gpus)) if choice.gpu_layers else 0,
@@ -144,22 +143,40 @@ def estimate(shape: Shape, machine: Machine, choice: Choice) -> Parts:
 
 def _kv_bytes(widths: tuple[int, int], choice: Choice) -> int:
     values, block = _KV_BLOCKS[choice.kv_type]
-    cells = -(-choice.context // _STEP) * _STEP
-    return cells * sum(-(-width // values) * block for width in widths)
+    return _cells(choice) * sum(-(-width // values) * block for width in widths)
 
 
 def _mask(choice: Choice) -> int:
     """The attention mask: 16 bits for each cell and token of a batch."""
-    return _TOKENS * -(-choice.context // _STEP) * _STEP * 2
+    return _TOKENS * _cells(choice) * 2
+
+
+def _cells(choice: Choice) -> int:
+    return -(-choice.context // _STEP) * _STEP
 
 
 def _on_cpu(shape: Shape, choice: Choice, machine: Machine) -> int:
     """As `_resident`. Without flash attention the scores of all heads lie there, and the mask has 32 bits."""
-    if not machine.plain_attention or choice.gpu_layers or choice.kv_type != "f16" or not shape.head_size:
+    if not _is_plain(shape, choice, machine):
         return _resident(shape, choice)
-    cells, wide = -(-choice.context // _STEP) * _STEP, 5 * shape.embedding
-    scores = shape.embedding // shape.head_size * cells + max(map(sum, shape.kv_widths), default=0)
+    cells, wide = _cells(choice), 5 * shape.embedding
+    scores = _heads(shape) * cells + max(map(sum, shape.kv_widths), default=0)
     return _PLAIN_TOKENS * 4 * (cells + wide + max(3 * shape.feed_forward, scores))
+
+
+def _work(shape: Shape, choice: Choice, machine: Machine) -> int:
+    """What the CPU multiplies weights with, in 8 bits and a scale; without flash attention V with, in 16 bits."""
+    plain = _is_plain(shape, choice, machine)
+    activations = (_PLAIN_TOKENS if plain else _TOKENS) * max(shape.feed_forward, shape.embedding) * 292 // 256
+    return max(activations, _PLAIN_TOKENS * _heads(shape) * _cells(choice) * 2 if plain else 0)
+
+
+def _is_plain(shape: Shape, choice: Choice, machine: Machine) -> bool:
+    return machine.plain_attention and not choice.gpu_layers and choice.kv_type == "f16" and bool(shape.head_size)
+
+
+def _heads(shape: Shape) -> int:
+    return shape.embedding // shape.head_size
 
 
 def _resident(shape: Shape, choice: Choice) -> int:

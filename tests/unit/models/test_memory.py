@@ -107,6 +107,14 @@ def test_reordered_weights_are_those_that_llama_cpp_reorders(tmp_path: Path, nam
     assert parts.repacked / 2**20 == pytest.approx(reported(small, 512, "f16").mebibytes("CPU_REPACK model"), abs=0.01)
 
 
+def test_without_flash_attention_the_scores_of_all_heads_grow_with_the_context() -> None:
+    here = replace(machine(), plain_attention=True)
+    short, long = (estimate(KOALA, here, Choice(context, "f16", 0)) for context in (2048, 4096))
+    added = 256 * 2048  # tokens at once, more cells
+    assert long.compute - short.compute == 40 * added * 4 + added * 4  # and the mask
+    assert long.runtime - short.runtime == 40 * added * 2  # V is multiplied with them in 16 bits
+
+
 def test_a_large_card_takes_all_of_it_unchanged() -> None:
     plan = fit(KOALA, machine(gpu=24), Wish())
     assert plan.choice == Choice(2048, "f16", 41)

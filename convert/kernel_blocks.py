@@ -6,60 +6,52 @@ anew on the grids that are left, and packs. `quantize_row_*_ref` and `quantize_r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from . import kernel_search as search
 from . import kernel_vectors as vectors
-from .kernel_search import HUGE, Scratch, larger, largest, level, require, squares, weigh
+from .kernel_search import HUGE, Scratch, largest, level, require, squares, weigh
 from .kernel_vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats, half_bits, inlined, row_of
 
 WEIGHTS = 256  # of a super-block
-SCRATCH = 3 * WEIGHTS + 12 * 32 + 136  # vectors
+_BLOCK = 3 * WEIGHTS + 12 * 32  # where the packed bytes begin, in vectors
+SCRATCH = _BLOCK + 136
 
 
 @inlined
-def _gather(source: Any, start: int, target: Any) -> None:
+def _gather(source: Any, start: int, target: Row) -> None:
     """LANES super-blocks, one a lane. Those behind them will be wanted next."""
-    for lane in range(LANES):
-        part, behind = source[start + lane * WEIGHTS :], row_of(source[start + (lane + LANES) * WEIGHTS :])
-        for i in range(WEIGHTS // LANES):
-            vectors.prefetch(behind, i)
-        for i in range(WEIGHTS):
-            target[i * LANES + lane] = part[i]
+    rows = row_of(source[start:])
+    for i in range(WEIGHTS // LANES):
+        vectors.transpose(rows + i, WEIGHTS // LANES, target + i * LANES)
+    for i in range(WEIGHTS):
+        vectors.prefetch(rows, WEIGHTS + i)
 
 
 @inlined
-def _begin(x: Any, importance: Any, scratch: Any, first: int) -> Scratch:
-    """Fetch the group of super-blocks that starts with number `first`, or the last whole group."""
-    start = min(first * WEIGHTS, x.size - WEIGHTS * LANES)
-    _gather(x, start, scratch)
-    if importance is not None:
-        _gather(importance, start % (importance.size - WEIGHTS * LANES), scratch[WEIGHTS * LANES :])
+def _groups(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any, size: int) -> Iterator[Scratch]:
+    """LANES super-blocks at a time; the last group may overlap the one before. What is put into `block` of each is
+    written to `packed`, `size` 16-bit words a super-block."""
     row, few = row_of(scratch), row_of(scratch) + 3 * WEIGHTS
-    block = row_of(scratch.view(np.int32)) + (3 * WEIGHTS + 12 * 32)
-    for i in range(136):
-        block[i] = 0
-    few[11 * 32] = 0
-    return Scratch(
-        row, row + WEIGHTS, row + 2 * WEIGHTS, few, few + 32, few + 2 * 32, few + 3 * 32, few + 4 * 32, few + 5 * 32,
-        few + 6 * 32, few + 7 * 32, few + 8 * 32, few + 9 * 32, few + 10 * 32, few + 11 * 32, block,
-        importance is not None,
-    )  # fmt: skip
-
-
-@inlined
-def _end(scratch: Any, first: int, size: int, packed: Any, irregular: Any) -> None:
-    """Write the group, super-blocks of `size` 16-bit words."""
-    flags = scratch[(3 * WEIGHTS + 11 * 32) * LANES :]
-    words = flags[32 * LANES :].view(np.int32)
-    for lane in range(LANES):
-        block = min(first, irregular.size - LANES) + lane
-        irregular[block] = flags[lane] != 0
-        for i in range(size):
-            packed[block * size + i] = words[i * LANES + lane]
+    block, words = row_of(scratch.view(np.int32)) + _BLOCK, scratch[_BLOCK * LANES :].view(np.int32)
+    for first in range(0, irregular.size, LANES):
+        start = min(first, irregular.size - LANES)
+        _gather(x, start * WEIGHTS, row)
+        if importance is not None:
+            _gather(importance, start * WEIGHTS % (importance.size - WEIGHTS * LANES), row + WEIGHTS)
+        words[: size * LANES] = 0
+        few[11 * 32] = 0
+        yield Scratch(
+            row, row + WEIGHTS, row + 2 * WEIGHTS, few, few + 32, few + 2 * 32, few + 3 * 32, few + 4 * 32,
+            few + 5 * 32, few + 6 * 32, few + 7 * 32, few + 8 * 32, few + 9 * 32, few + 10 * 32, few + 11 * 32, block,
+        )  # fmt: skip
+        for lane in range(LANES):
+            irregular[start + lane] = scratch[(_BLOCK - 32) * LANES + lane] != 0
+            for i in range(size):
+                packed[(start + lane) * size + i] = words[i * LANES + lane]
 
 
 @inlined
@@ -87,19 +79,19 @@ def _round_weights(s: Scratch, j: int, n: int, d: Floats, minimum: Floats, low: 
     most = floats(0)
     for i in range(n * j, n * j + n):
         scaled = (s.x[i] + minimum) / d
-        most = larger(absolute(scaled), most)
+        most = vectors.larger(absolute(scaled), most)
         s.levels[i] = level(scaled, low, high) - low
     require(s, search.small(most) & (absolute(d) > 0) & (absolute(d) < HUGE) & (absolute(minimum) < HUGE))
 
 
 @inlined
-def _search(s: Scratch, n: int, nmax: int, rmin: float, nstep: int) -> None:
+def _search(s: Scratch, weighted: bool, n: int, nmax: int, rmin: float, nstep: int) -> None:
     """Scale and minimum of every block of n weights."""
     sigma2 = (1 if n == 16 else 2) * squares(s.x, WEIGHTS) / WEIGHTS
     for j in range(WEIGHTS // n):
         x = s.x + n * j
-        if s.weighted:
-            weigh(s, j, n, sigma2)
+        if weighted:
+            weigh(s, True, j, n, sigma2)
             s.scales[j], s.minimums[j] = search.make_qkx(s, x, n, nmax, -0.9, 0.05, 36, False)
         else:
             average = floats(0) if n == 16 else vectors.square_root(squares(x, n) / n)
@@ -109,13 +101,13 @@ def _search(s: Scratch, n: int, nmax: int, rmin: float, nstep: int) -> None:
 
 
 @inlined
-def _round_scales(s: Scratch, numbers: Row, levels: Row, n: int, nmax: int) -> Ints:
+def _round_scales(s: Scratch, weighted: bool, numbers: Row, levels: Row, n: int, nmax: int) -> Ints:
     """Scales or minimums as integers up to nmax, and what one step stands for, in float16."""
-    if s.weighted:
+    if weighted:
         return half_bits(search.make_qp(s, numbers, s.sums, levels, n, nmax))
     top = floats(0)
     for j in range(n):
-        top = larger(numbers[j], top)
+        top = vectors.larger(numbers[j], top)
         require(s, (numbers[j] >= 0) & (numbers[j] < HUGE))
     inverse = choose(top > 0, nmax / top, 0)
     require(s, inverse < HUGE)
@@ -125,10 +117,10 @@ def _round_scales(s: Scratch, numbers: Row, levels: Row, n: int, nmax: int) -> I
 
 
 @inlined
-def _with_six_bits(s: Scratch, nmax: int, rmin: float, nstep: int) -> None:
+def _with_six_bits(s: Scratch, weighted: bool, nmax: int, rmin: float, nstep: int) -> None:
     """The levels, and at the head of the block d, dmin and scales[12]: those of eight blocks, and their minimums."""
-    _search(s, 32, nmax, rmin, nstep)
-    d, dmin = _round_scales(s, s.scales, s.ls, 8, 63), _round_scales(s, s.minimums, s.lm, 8, 63)
+    _search(s, weighted, 32, nmax, rmin, nstep)
+    d, dmin = _round_scales(s, weighted, s.scales, s.ls, 8, 63), _round_scales(s, weighted, s.minimums, s.lm, 8, 63)
     _put(s, 0, d)
     _put(s, 2, dmin)
     for j in range(4):
@@ -146,26 +138,26 @@ def _with_six_bits(s: Scratch, nmax: int, rmin: float, nstep: int) -> None:
 
 def q2_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """scales[16], of four bits each for scale and minimum, qs[64], d, dmin"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
-        _search(s, 16, 3, -0.5, 15)
-        d, dmin = _round_scales(s, s.scales, s.ls, 16, 15), _round_scales(s, s.minimums, s.lm, 16, 15)
+    for s in _groups(x, importance, packed, irregular, scratch, 42):
+        _search(s, importance is not None, 16, 3, -0.5, 15)
+        d, dmin = (
+            _round_scales(s, importance is not None, s.scales, s.ls, 16, 15),
+            _round_scales(s, importance is not None, s.minimums, s.lm, 16, 15),
+        )
         for j in range(16):
             _put(s, j, as_ints(s.ls[j]) | as_ints(s.lm[j]) << 4)
             _round_weights(s, j, 16, vectors.from_half_bits(d) * s.ls[j], vectors.from_half_bits(dmin) * s.lm[j], 0, 3)
         _pack(s, 16, 0, 2, 32)
         _put(s, 80, d)
         _put(s, 82, dmin)
-        _end(scratch, first, 42, packed, irregular)
 
 
 def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """hmask[32], qs[64], scales[12], of six bits each, d"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for s in _groups(x, importance, packed, irregular, scratch, 55):
         sigma2 = 2 * squares(s.x, WEIGHTS) / WEIGHTS
         for j in range(16):
-            weigh(s, j, 16, sigma2)
+            weigh(s, importance is not None, j, 16, sigma2)
             if importance is not None:
                 s.scales[j] = search.make_qx(s, s.x + 16 * j, s.w, 16, 4)[0]
             else:
@@ -185,32 +177,26 @@ def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
         _pack(s, 0, 2, 1, 32)
         _pack(s, 32, 0, 2, 32)
         _put(s, 108, d)
-        _end(scratch, first, 55, packed, irregular)
 
 
 def q4_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qs[128]"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
-        _with_six_bits(s, 15, -1.0, 20)
+    for s in _groups(x, importance, packed, irregular, scratch, 72):
+        _with_six_bits(s, importance is not None, 15, -1.0, 20)
         _pack(s, 16, 0, 4, 32)
-        _end(scratch, first, 72, packed, irregular)
 
 
 def q5_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qh[32], qs[128]"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
-        _with_six_bits(s, 31, -0.5, 15)
+    for s in _groups(x, importance, packed, irregular, scratch, 88):
+        _with_six_bits(s, importance is not None, 31, -0.5, 15)
         _pack(s, 16, 4, 1, 32)
         _pack(s, 48, 0, 4, 32)
-        _end(scratch, first, 88, packed, irregular)
 
 
 def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """ql[128], qh[64], scales[16], of eight bits each, d"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for s in _groups(x, importance, packed, irregular, scratch, 105):
         for j in range(16):
             for i in range(16):
                 s.w[i] = s.importance[16 * j + i] if importance is not None else s.x[16 * j + i] * s.x[16 * j + i]
@@ -226,16 +212,14 @@ def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
         _pack(s, 0, 0, 4, 64)
         _pack(s, 128, 4, 2, 32)
         _put(s, 208, d)
-        _end(scratch, first, 105, packed, irregular)
 
 
 def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, scales_h, scales_l[4], of six bits each, qs[128]"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for s in _groups(x, importance, packed, irregular, scratch, 68):
         sigma2 = squares(s.x, WEIGHTS) * np.float32(2 / WEIGHTS)
         for j in range(8):
-            weigh(s, j, 32, sigma2)
+            weigh(s, importance is not None, j, 32, sigma2)
             s.scales[j] = search.make_iq4(s, s.x + 32 * j, 32, 7)
         d = -largest(s.scales, 8) / 32
         require(s, (absolute(d) > 0) & (absolute(d) < HUGE))
@@ -249,24 +233,19 @@ def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -
             s.block[1] = s.block[1] | bits >> 4 << (2 * j)
             _put(s, 4 + j // 2, (bits & 15) << (j % 2 * 4))
         _pack(s, 8, 0, 4, 16)
-        _end(scratch, first, 68, packed, irregular)
 
 
 def q8_0(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """eight blocks of d, qs[32], without a search"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, None, scratch, first)
+    for s in _groups(x, None, packed, irregular, scratch, 136):
         for j in range(8):
             d = absolute(largest(s.x + 32 * j, 32)) / 127
             require(s, (d > 0) & (1 / d < HUGE))
             _put(s, 34 * j, half_bits(d))
             for i in range(32):
                 scaled = s.x[32 * j + i] * (1 / d)
-                rounded = as_ints(
-                    scaled + choose(scaled < 0, np.float32(-0.49999997), np.float32(0.49999997))
-                )  # roundf
-                _put(s, 34 * j + 2 + i, rounded & 255)
-        _end(scratch, first, 136, packed, irregular)
+                half = choose(scaled < 0, np.float32(-0.49999997), np.float32(0.49999997))
+                _put(s, 34 * j + 2 + i, as_ints(scaled + half) & 255)  # roundf
 
 
 KERNELS: dict[str, Callable[[Any, Any, Any, Any, Any], None]] = {

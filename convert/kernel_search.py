@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kernel_vectors import Floats, Row, Truths, absolute, any_of, choose, floats, inlined, nearest, square_root
+from . import kernel_vectors as vectors
+from .kernel_vectors import Floats, Row, Truths, absolute, any_of, choose, floats, inlined, larger, nearest, smaller
 
 f32 = np.float32
 EPSILON, HUGE = f32(1e-15), f32(3e38)  # GROUP_MAX_EPS: what is smaller counts as zero
@@ -41,23 +42,12 @@ class Scratch(NamedTuple):
     below: Row
     irregular: Row  # one vector: not 0 where ggml has to do the work
     block: Row  # the packed bytes, two to a number
-    weighted: bool  # is there an importance matrix?
 
 
 @inlined
 def require(s: Scratch, truths: Truths) -> None:
     """Where it is not so, the super-block is left to ggml."""
     s.irregular[0] = s.irregular[0] + choose(truths, 0, 1)
-
-
-@inlined
-def smaller(x: Floats, y: Floats) -> Floats:
-    return choose(x < y, x, y)
-
-
-@inlined
-def larger(x: Floats, y: Floats) -> Floats:
-    return choose(x > y, x, y)
 
 
 @inlined
@@ -89,12 +79,12 @@ def squares(x: Row, n: int) -> Floats:
 
 
 @inlined
-def weigh(s: Scratch, j: int, n: int, sigma2: Floats) -> None:
+def weigh(s: Scratch, weighted: bool, j: int, n: int, sigma2: Floats) -> None:
     """What the weights of block j count, by the importance matrix if there is one, and the sum of it."""
     total = floats(0)
     for i in range(n):
         x = s.x[n * j + i]
-        s.w[i] = s.importance[n * j + i] * square_root(sigma2 + x * x) if s.weighted else x * x
+        s.w[i] = s.importance[n * j + i] * vectors.square_root(sigma2 + x * x) if weighted else x * x
         total = total + s.w[i]
     s.sums[j] = total
 

@@ -118,6 +118,10 @@ def _library(name: str) -> Any:
     return lambda builder, x: builder.call(cgutils.get_or_insert_function(builder.module, typed, full), [x])
 
 
+def _chosen(word: str) -> Any:
+    return lambda builder, x, y: builder.select(builder.fcmp_ordered(word, x, y), x, y)
+
+
 def _load(builder: Any, row: Any, i: Any) -> Any:
     return builder.load(builder.gep(row, [i]), align=4)
 
@@ -142,6 +146,25 @@ def _any(builder: Any, truths: Any) -> Any:
         either = builder.or_(either, _register(builder, truths, number))
     bits = builder.bitcast(either, ir.IntType(WIDTH))
     return builder.icmp_signed("!=", bits, bits.type(0))
+
+
+def _transpose(builder: Any, rows: Any, stride: Any, columns: Any) -> Any:
+    """Tiles of a register's width: for each power of two the squares of that size off the diagonal change places."""
+    for right, below in product(range(_REGISTERS), repeat=2):
+        tile = []
+        for i in range(WIDTH):
+            row = builder.gep(rows, [builder.mul(stride, stride.type(below * WIDTH + i))])
+            tile.append(builder.load(builder.gep(row, [_INT(0), _INT(right)]), align=4))
+        for size in (2**power for power in range(WIDTH.bit_length() - 1)):
+            low = ir.Constant(_INTS, [k if not k & size else k - size + WIDTH for k in range(WIDTH)])
+            high = ir.Constant(_INTS, [k + size if not k & size else k + WIDTH for k in range(WIDTH)])
+            for i in (i for i in range(WIDTH) if not i & size):
+                pair = tile[i], tile[i + size]
+                tile[i], tile[i + size] = builder.shuffle_vector(*pair, low), builder.shuffle_vector(*pair, high)
+        for i, register in enumerate(tile):
+            place = builder.gep(columns, [_INT(right * WIDTH + i), _INT(below)])
+            builder.store(register, place, align=4)
+    return _NOTHING
 
 
 def _prefetch(builder: Any, row: Any, i: Any) -> Any:
@@ -172,12 +195,15 @@ floats = _named(_F, (_F,), _each(lambda builder, x: x))  # a number in every lan
 absolute = _named(_F, (_F,), _each(_library("llvm.fabs")))
 square_root = _named(_F, (_F,), _each(_library("llvm.sqrt")))
 nearest = _named(_F, (_F,), _each(_library("llvm.rint")))  # integer, ties to even
+smaller = _named(_F, (_F, _F), _each(_chosen("<")))  # the first where it is smaller, else the second
+larger = _named(_F, (_F, _F), _each(_chosen(">")))
 choose = _named(_F, (_T, _F, _F), _each(_build.select))
 any_of = _named(types.boolean, (_T,), _any)
 as_ints = _named(_I, (_F,), _each(lambda builder, x: builder.fptosi(x, _INTS)))
 half_bits = _named(_I, (_F,), _each(_to_half))  # rounded to float16, as its 16 bits
 from_half_bits = _named(_F, (_I,), _each(_from_half))
 prefetch = _named(types.none, (_ROWS[_F], types.intp), _prefetch)  # row[i], which will be wanted soon
+transpose = _named(types.none, (_ROWS[_F], types.intp, _ROWS[_F]), _transpose)  # of LANES rows that lie `stride` apart
 
 
 def _row_of(context: Any, array: Any) -> Any:

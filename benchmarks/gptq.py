@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from koala_local.convert.gptq import GptqSettings, Hessian, output_error, quantize_matrix
+from koala_local.convert.gptq.matrix import GptqSettings, Hessian, output_error, quantize_matrix
 
 from benchmarks.table import Row
 

@@ -15,8 +15,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from koala_local.convert import ggml, kernels
-from koala_local.convert.kquants import quantize_rows
+from koala_local.convert.gguf.kquants import quantize_rows
+from koala_local.convert.kernels import choice, ggml
 
 from benchmarks.table import Row, markdown
 
@@ -25,15 +25,15 @@ _WEIGHTED_GOAL = 6.0
 _COLUMNS = 4096
 _REPEATS = 5
 _FIRST = (
-    "import sys, time, numba; from koala_local.convert import kernels; started = time.perf_counter()\n"
-    "kernels.kernel('Q4_K', False)\n"
+    "import sys, time, numba; from koala_local.convert.kernels import choice; started = time.perf_counter()\n"
+    "choice.kernel('Q4_K', False)\n"
     "sys.stdout.write(str(time.perf_counter() - started))"
 )
 
 
 def run(quick: bool) -> list[Row]:
     """Rows for every type that has a kernel; with `quick` for Q4_K."""
-    types = ("Q4_K",) if quick else kernels.TYPES
+    types = ("Q4_K",) if quick else choice.TYPES
     threads = (1,) if quick else (1, 2)
     modes = [(type_, weighted) for type_ in types for weighted in (False, True) if type_ != "Q8_0" or not weighted]
     rows = [_compared(*mode, count) for mode in modes for count in threads]
@@ -42,7 +42,7 @@ def run(quick: bool) -> list[Row]:
 
 def _compared(type_: str, weighted: bool, threads: int) -> Row:
     name = f"pack {type_}{', importance matrix' if weighted else ''}, {threads} thread{'s' * (threads > 1)}"
-    kernel = kernels.kernel(type_, weighted)
+    kernel = choice.kernel(type_, weighted)
     random = np.random.default_rng(0)
     parts = [random.standard_normal((128, _COLUMNS), np.float32) for _ in range(threads)]
     importance = random.random(_COLUMNS, np.float32) if weighted else None
@@ -60,7 +60,7 @@ def _compared(type_: str, weighted: bool, threads: int) -> Row:
 def _without_search(type_: str) -> Row:
     """Bytes of float32 weights a second, beside what numpy copies."""
     rows = np.random.default_rng(0).standard_normal((256, _COLUMNS), np.float32)
-    pack = kernels.kernel(type_, False).pack if type_ in kernels.TYPES else ggml.pack
+    pack = choice.kernel(type_, False).pack if type_ in choice.TYPES else ggml.pack
     ours, copies = [], []
     with ThreadPoolExecutor(1) as pool:
         for _ in range(_REPEATS):
@@ -79,7 +79,7 @@ def _seconds(pool: ThreadPoolExecutor, pack: Any, parts: list[Any], type_: str, 
 def _first_use() -> Row:
     """In a new process, numba's own start included; the process before has filled the cache."""
     command = [sys.executable, "-c", _FIRST]
-    kernels.kernel("Q4_K", False)
+    choice.kernel("Q4_K", False)
     seconds = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(_REPEATS)]
     return Row(
         "first use of a kernel from the cache",

@@ -24,11 +24,11 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from koala_local.convert import gguf as converter
-from koala_local.convert import kquants
-from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.kernels import choose_kernels, kernel
-from koala_local.convert.vocabulary import read_vocabulary
+from koala_local.convert.gguf import kquants
+from koala_local.convert.gguf import write as converter
+from koala_local.convert.kernels.choice import choose_kernels, kernel
+from koala_local.convert.sources.checkpoint import open_checkpoint
+from koala_local.convert.vocabulary.read import read_vocabulary
 
 from benchmarks.models import RUNS
 from tests.checkpoint_maker import make_hf

@@ -33,7 +33,7 @@ def run(name: str, quick: bool) -> list[Row]:
     """Rows for one shape; with `quick` only the small one is measured."""
     if quick and name != "160M":
         return []
-    from koala_local.convert.kernels import kernel
+    from koala_local.convert.kernels.choice import kernel
 
     from tests.checkpoint_maker import make_hf
 
@@ -79,9 +79,9 @@ def _figure(pid: int, file: str, pattern: str) -> int:
 
 
 def _convert(way: str, folder: Path, out: Path) -> None:
-    from koala_local.convert.checkpoint import open_checkpoint
-    from koala_local.convert.gguf import write_gguf
-    from koala_local.convert.vocabulary import read_vocabulary
+    from koala_local.convert.gguf.write import write_gguf
+    from koala_local.convert.sources.checkpoint import open_checkpoint
+    from koala_local.convert.vocabulary.read import read_vocabulary
 
     from tests.unit.convert.llama_quantize import llama_quantize
 

@@ -20,11 +20,11 @@ from .publish import publish, unverified
 if TYPE_CHECKING:
     from koala_local.models.configuration import ModelConfig
 
-    from .architecture import Checkpoint
     from .calibration import Sample, Tokenizer
     from .report import Report
+    from .sources.architecture import Checkpoint
     from .verify import Comparison
-    from .vocabulary import Vocabulary
+    from .vocabulary.read import Vocabulary
 
 _BITS = ("2", "3", "4", "5", "6", "8")
 _HELD_LENGTH = 512  # tokens of a sequence of the held text
@@ -75,8 +75,8 @@ def quantize(source: Path, **options: Any) -> None:
 
 
 def _open(source: Path, options: dict[str, Any]) -> Checkpoint:
-    from .checkpoint import open_checkpoint
     from .recover import sum_checkpoint
+    from .sources.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(source)
     return sum_checkpoint(open_checkpoint(options["base"]), checkpoint) if options["base"] else checkpoint
@@ -88,7 +88,7 @@ def _refuse_existing(out: Path, options: dict[str, Any]) -> None:
 
 
 def _quantize_to_gguf(source: Path, options: dict[str, Any]) -> None:
-    from .kquants import kind_for_bits, parse_overrides
+    from .gguf.kquants import kind_for_bits, parse_overrides
 
     kind = (options["kind"] or kind_for_bits(int(options["bits"]))).upper()
     overrides = parse_overrides(options["overrides"])
@@ -104,8 +104,8 @@ def _quantize_to_gguf(source: Path, options: dict[str, Any]) -> None:
 def _quantize_to_gptq(source: Path, options: dict[str, Any]) -> None:
     from math import prod
 
-    from .gptq import GptqSettings
-    from .gptq_checkpoint import quantize_gptq
+    from .gptq.checkpoint import quantize_gptq
+    from .gptq.matrix import GptqSettings
 
     useless = [name for name in ("kind", "imatrix", "overrides") if options[name]]
     if useless or options["bits"] in ("5", "6"):
@@ -162,7 +162,7 @@ def _calibration_sample(source: Path, folder: Path | None, config: ModelConfig, 
     """What --calibration names; for GPTQ, which cannot do without, the built-in text is the default."""
     from .calibration import builtin_calibration, make_sample, read_texts
     from .estimate import estimate
-    from .gptq_checkpoint import default_compute
+    from .gptq.checkpoint import default_compute
 
     path, gptq = options["calibration"], options["layout"] == "gptq"
     longest, most = _GPTQ_SAMPLE if gptq and path else _SAMPLE
@@ -209,7 +209,7 @@ def _quantize_gguf(
     overrides: tuple[tuple[str, str], ...],
     options: dict[str, Any],
 ) -> Report:
-    from .gguf import Progress, write_gguf
+    from .gguf.write import Progress, write_gguf
     from .importance import importance_matrix, read_imatrix
 
     config = checkpoint.config
@@ -259,8 +259,8 @@ def _quantize_gguf(
 
 
 def _vocabulary(source: Path, folder: Path | None, config: ModelConfig) -> Vocabulary:
-    from .gguf_vocabulary import read_gguf_vocabulary
-    from .vocabulary import read_vocabulary
+    from .vocabulary.from_gguf import read_gguf_vocabulary
+    from .vocabulary.read import read_vocabulary
 
     if folder is not None:
         return read_vocabulary(folder, config)
@@ -366,9 +366,9 @@ def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype:
     need("convert", *_NEEDED)
     from koala_local.models.page import size
 
-    from .checkpoint import open_checkpoint
     from .recover import known_checksums
     from .recover import recover as recover_checkpoint
+    from .sources.checkpoint import open_checkpoint
 
     with console.progress("adding", "B") as step:
 

@@ -23,8 +23,8 @@ from torch.nn import functional
 from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig
 
-from .architecture import Checkpoint
 from .rotary import Rope, rotary_table
+from .sources.architecture import Checkpoint
 
 # Which linear layers share an input: the first word names the input to `Observe`.
 INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(

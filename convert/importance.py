@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.gguf_header import Tensor, read_header
 
-from .architecture import Checkpoint
 from .forward import INPUTS, Compute, Observe, Progress, stream_layers
-from .gguf_layout import gguf_name
+from .sources.architecture import Checkpoint
+from .sources.gguf_names import gguf_name
 
 _HINT = "make it again with llama-imatrix, or pass --calibration FILE instead"
 _ENTRIES = 100_000  # more than any model has tensors

@@ -24,7 +24,6 @@ from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.json_file import member
 
-from .architecture import Checkpoint, TensorInfo
 from .safetensors_writer import (
     SHARD_BYTES,
     Progress,
@@ -33,8 +32,9 @@ from .safetensors_writer import (
     write_json,
     write_sharded,
 )
-from .stored import TORCH_TYPES, row_blocks
-from .tokenizer_files import TOKENIZERS
+from .sources.architecture import Checkpoint, TensorInfo
+from .sources.stored import TORCH_TYPES, row_blocks
+from .vocabulary.tokenizer_files import TOKENIZERS
 
 Dtype = Literal["F32", "F16", "BF16"]
 

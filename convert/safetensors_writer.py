@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .architecture import TensorInfo
-from .stored import ITEM_BYTES, row_blocks
+from .sources.architecture import TensorInfo
+from .sources.stored import ITEM_BYTES, row_blocks
 
 SHARD_BYTES = 5 * 10**9
 Blocks = Callable[[TensorInfo, slice], torch.Tensor]  # these rows of the tensor, in its type

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError
 
-from .architecture import Checkpoint
 from .forward import Compute, Head, Progress, stream_layers
+from .sources.architecture import Checkpoint
 
 # The logits after every token of one sequence, in order, as float32 pieces (rows, vocabulary) of any number of rows.
 LogitsOf = Callable[[Sequence[int]], Iterator[NDArray[np.float32]]]

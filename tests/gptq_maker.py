@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from koala_local.convert.pack import QuantizedMatrix, pack
+from koala_local.convert.gptq.pack import QuantizedMatrix, pack
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 

@@ -50,7 +50,8 @@ RICH = (
 )
 
 # The edge may load an engine; dialogues are written by dialogue.py, layouts are shared with the engine that runs them.
-CONVERT_MAY = ("convert/command.py", "convert/calibration.py", "convert/pack.py", "convert/gptq*.py")
+CONVERT_MAY = ("convert/command.py", "convert/calibration.py", "convert/gptq/*")
+CONVERT_GROUND = ("koala_local.convert.sources", "koala_local.convert.vocabulary")
 FINETUNE_MAY = ("finetune/*command.py", "finetune/data/tokens.py")  # a training row has the ids that chat gives it
 
 RULES = [
@@ -60,6 +61,11 @@ RULES = [
     Rule(("koala_local.engine", "koala_local.chat"), "convert/*", CONVERT_MAY),
     Rule(("koala_local.engine", "koala_local.chat", "koala_local.convert"), "finetune/*", FINETUNE_MAY),
     Rule(("koala_local.finetune",), "convert/*"),
+    Rule(("koala_local.convert",), "convert/vocabulary/*", allowed=("koala_local.convert.vocabulary",)),
+    Rule(("koala_local.convert",), "convert/sources/*", allowed=CONVERT_GROUND),
+    Rule(("koala_local.convert",), "convert/kernels/*", allowed=("koala_local.convert.kernels",)),
+    Rule(("koala_local.convert.gptq",), "convert/gguf/*"),
+    Rule(("koala_local.convert.gguf",), "convert/gptq/*"),
     Rule(("koala_local.finetune",), "finetune/data/*", allowed=("koala_local.finetune.data",)),
     Rule(("torch", "transformers"), "finetune/data/*"),
     Rule(("rich",), except_in=RICH),
@@ -144,6 +150,10 @@ def test_every_module_keeps_the_rules() -> None:
         ("finetune/data/packing.py", "from ..settings import LossNorm"),
         ("finetune/data/sources/hh.py", "from ...train import Run"),
         ("finetune/data/corpus.py", "import torch"),
+        ("convert/sources/gguf.py", "from ..gguf.layout import plan_tensors"),
+        ("convert/sources/gguf.py", "from .. import verify"),
+        ("convert/vocabulary/read.py", "from ..sources.architecture import Checkpoint"),
+        ("convert/kernels/choice.py", "from ..gguf import kquants"),
     ],
 )
 def test_a_broken_rule_is_found(tmp_path: Path, name: str, source: str) -> None:
@@ -167,6 +177,11 @@ def test_a_broken_rule_is_found(tmp_path: Path, name: str, source: str) -> None:
         ("chat/ledger.py", "from koala_local.engine.base import Engine\nfrom koala_local.dialogue import Turn"),
         ("finetune/data/mix.py", "from .sources import Skipped\nfrom koala_local.finetune.data.recipe import Recipe"),
         ("finetune/train.py", "import torch\nfrom .data.packing import Batch"),
+        ("convert/sources/huggingface.py", "import gguf\nfrom ..vocabulary.tokenizer_files import has_tokenizer"),
+        (
+            "convert/gguf/write.py",
+            "import gguf\nfrom ..kernels import ggml\nfrom ..sources.architecture import Checkpoint",
+        ),
     ],
 )
 def test_what_is_allowed_is_not_found(tmp_path: Path, name: str, source: str) -> None:

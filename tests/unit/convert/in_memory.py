@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from koala_local.convert.architecture import TensorInfo
+from koala_local.convert.sources.architecture import TensorInfo
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from koala_local.models.configuration import ModelConfig

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from koala_local.convert.checkpoint import open_checkpoint
 from koala_local.convert.recover import known_checksums, recover, sum_checkpoint
+from koala_local.convert.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
@@ -215,7 +215,7 @@ def test_no_disk_space_leaves_nothing(tmp_path: Path, base: Path, diff: State) -
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from koala_local.convert.checkpoint import open_checkpoint
+from koala_local.convert.sources.checkpoint import open_checkpoint
 from koala_local.convert.recover import recover
 
 folder = Path(sys.argv[1])

@@ -13,8 +13,8 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from koala_local.convert.checkpoint import open_checkpoint
 from koala_local.convert.report import Report, card_fit
+from koala_local.convert.sources.checkpoint import open_checkpoint
 from koala_local.convert.verify import (
     KL_BOUNDS,
     Comparison,

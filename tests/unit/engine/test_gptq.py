@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from koala_local.convert.pack import PARTS, unpack
+from koala_local.convert.gptq.pack import PARTS, unpack
 from safetensors.torch import load_file, save_file
 
 from koala_local.chat.ledger import Answer, Exchange, Ledger

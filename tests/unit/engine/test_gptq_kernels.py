@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.gptq import GptqSettings
-from koala_local.convert.gptq_checkpoint import quantize_gptq
-from koala_local.convert.pack import pack
+from koala_local.convert.gptq.checkpoint import quantize_gptq
+from koala_local.convert.gptq.matrix import GptqSettings
+from koala_local.convert.gptq.pack import pack
+from koala_local.convert.sources.checkpoint import open_checkpoint
 
 from koala_local.engine.gptq_files import TensorFiles, read_layout, read_model_settings
 from koala_local.engine.gptq_kernels import Kernels, Unfit, installed

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.vocabulary import read_vocabulary
+from koala_local.convert.sources.checkpoint import open_checkpoint
+from koala_local.convert.vocabulary.read import read_vocabulary
 from koala_local.finetune import export as module
 from koala_local.finetune.data.tokens import DialogueTokenizer
 from koala_local.finetune.export import SpecialIds, export, exported_weights

@@ -20,11 +20,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
-from koala_local.convert import ggml, kernels
-from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.gguf import write_gguf
-from koala_local.convert.kquants import quantize_rows
-from koala_local.convert.vocabulary import read_vocabulary
+from koala_local.convert.gguf.kquants import quantize_rows
+from koala_local.convert.gguf.write import write_gguf
+from koala_local.convert.kernels import choice, ggml
+from koala_local.convert.sources.checkpoint import open_checkpoint
+from koala_local.convert.vocabulary.read import read_vocabulary
 
 from koala_local.errors import ModelFileError
 from tests.checkpoint_maker import make_hf
@@ -35,7 +35,7 @@ pytest.importorskip("numba")
 Array = Any
 COLUMNS = 4096
 GAUSSIANS = 20_000_000  # of each type, with and without importance matrix
-MODES = [(type_, weighted) for type_ in kernels.TYPES for weighted in (False, True)]
+MODES = [(type_, weighted) for type_ in choice.TYPES for weighted in (False, True)]
 PER_MODE = pytest.mark.parametrize(
     ("type_", "weighted"), MODES, ids=[f"{type_}-{'imatrix' if weighted else 'plain'}" for type_, weighted in MODES]
 )
@@ -55,7 +55,7 @@ def one_home(koala_home: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.fixture
 def fresh() -> Any:
     """Nothing is remembered of kernels compiled before, nor afterwards of those in the test."""
-    caches = kernels.kernel, kernels._compiled
+    caches = choice.kernel, choice._compiled
     for cache in caches:
         cache.cache_clear()
     yield
@@ -63,8 +63,8 @@ def fresh() -> Any:
         cache.cache_clear()
 
 
-def own(type_: str, weighted: bool) -> kernels.Pack:
-    found = kernels.kernel(type_, weighted)
+def own(type_: str, weighted: bool) -> choice.Pack:
+    found = choice.kernel(type_, weighted)
     assert found.note.startswith("own kernel"), found.note
     return found.pack
 
@@ -159,13 +159,13 @@ def test_odd_weights_have_ggmls_bytes(type_: str, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("importance", [np.zeros(2048), np.ones(2048), np.arange(2048) % 256 < 3], ids=str)
-@pytest.mark.parametrize("type_", kernels.TYPES)
+@pytest.mark.parametrize("type_", choice.TYPES)
 def test_odd_importances_have_ggmls_bytes(type_: str, importance: Array) -> None:
     for name in ("positive", "sparse", "one huge outlier", "all magnitudes by block"):
         assert differing(made(name), type_, importance.astype(np.float32)) == 0
 
 
-@pytest.mark.parametrize("type_", kernels.TYPES)
+@pytest.mark.parametrize("type_", choice.TYPES)
 @pytest.mark.parametrize("rows", [1, 7, 16, 17, 33, 65])
 def test_any_number_of_rows(type_: str, rows: int) -> None:
     for columns in (256, 768):
@@ -221,7 +221,7 @@ def test_what_is_left_to_ggml_has_its_own_importances() -> None:
     weights[::3, 512:768] = 0
     weights[5::7, :256] = 0.25
     weights[11, 768:] *= np.float32(1e30)
-    for type_ in kernels.TYPES:
+    for type_ in choice.TYPES:
         assert differing(weights, type_, importances(1024)) == 0
 
 
@@ -241,9 +241,9 @@ def test_threads_do_not_disturb_each_other() -> None:
 
 
 def test_nothing_is_fused() -> None:
-    for type_ in kernels.TYPES:
+    for type_ in choice.TYPES:
         own(type_, False)
-        code = "".join(kernels._compiled(type_, False).inspect_asm().values())  # type: ignore[attr-defined]
+        code = "".join(choice._compiled(type_, False).inspect_asm().values())  # type: ignore[attr-defined]
         assert ("sqrt" in code) == (type_ in ("Q4_K", "Q5_K"))
         assert not [
             name for name in ("vfmadd", "vfmsub", "vfnmadd", "vfnmsub", "fmla", "fmls", "fmadd") if name in code
@@ -256,9 +256,9 @@ def test_nothing_is_fused() -> None:
 def test_a_compiled_kernel_is_kept(home: Path) -> None:
     own("Q6_K", False)
     program = (
-        "from koala_local.convert import kernels\n"
-        "assert kernels.kernel('Q6_K', False).note.startswith('own'), kernels.kernel('Q6_K', False).note\n"
-        "raise SystemExit(40 + len(kernels._compiled('Q6_K', False).stats.cache_hits))\n"
+        "from koala_local.convert.kernels import choice\n"
+        "assert choice.kernel('Q6_K', False).note.startswith('own'), choice.kernel('Q6_K', False).note\n"
+        "raise SystemExit(40 + len(choice._compiled('Q6_K', False).stats.cache_hits))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "KOALA_HOME": str(home)}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 41
@@ -268,14 +268,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("KOALA_HOME", str(tmp_path / "file"))
     config = SimpleNamespace(CACHE_DIR="before")
-    with kernels._numba_cache(config) as cached:
+    with choice._numba_cache(config) as cached:
         assert not cached
     assert config.CACHE_DIR == "before"
 
 
 def test_without_numba_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    found = kernels.kernel("Q4_K", False)
+    found = choice.kernel("Q4_K", False)
     assert found.pack is ggml.pack and "numba is not installed" in found.note
 
 
@@ -289,18 +289,18 @@ def test_where_bytes_differ_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, 
         return packed
 
     monkeypatch.setattr(ggml, "pack", fused)
-    found = kernels.kernel("Q6_K", True)
+    found = choice.kernel("Q6_K", True)
     assert found.pack is fused and "differ in 1 of 256" in found.note
 
 
 def test_few_weights_are_not_worth_compiling() -> None:
-    found = kernels.choose_kernels({("Q4_K", False): 1000, ("Q4_0", False): 10**9})
+    found = choice.choose_kernels({("Q4_K", False): 1000, ("Q4_0", False): 10**9})
     assert found.keys() == {("Q4_K", False)} and found["Q4_K", False].pack is ggml.pack
-    assert "fewer than" in kernels.notes_of(found)[0]
+    assert "fewer than" in choice.notes_of(found)[0]
 
 
 def test_a_whole_model_has_llama_cpps_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "WORTHWHILE", 0)
+    monkeypatch.setattr(choice, "WORTHWHILE", 0)
     folder = make_hf(tmp_path / "model", layers=4, hidden=256, feed_forward=512)
     source = open_checkpoint(folder)
     vocabulary = read_vocabulary(folder, source.config)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from koala_local.convert.gptq import GptqSettings, Hessian, inverse_factor, output_error, quantize_matrix
+from koala_local.convert.gptq.matrix import GptqSettings, Hessian, inverse_factor, output_error, quantize_matrix
 
 from koala_local.errors import ModelFileError
 from tests.unit.convert.rounding import nearest

@@ -11,11 +11,11 @@ from koala_local.models.card import read_card
 from koala_local.models.configuration import read_configuration
 from koala_local.models.json_file import member, read_object
 
+from ..vocabulary.tokenizer_files import has_tokenizer
 from .layout import FileCheckpoint, assembled
 from .pickled import open_pickled
 from .safetensors_file import open_safetensors
 from .stored import Stored
-from .tokenizer_files import has_tokenizer
 
 _SHOWN = 100
 _OPENERS: Mapping[str, Callable[[Path], dict[str, Stored]]] = {".safetensors": open_safetensors, ".bin": open_pickled}

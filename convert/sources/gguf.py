@@ -17,7 +17,7 @@ from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig, Settings
 from koala_local.models.gguf_header import GgufHeader, Tensor, read_header
 
-from .gguf_layout import IN_A_LAYER, WHOLE_MODEL
+from .gguf_names import IN_A_LAYER, WHOLE_MODEL
 from .layout import FileCheckpoint, assembled
 from .stored import BLOCK_BYTES, ITEM_BYTES, MappedFile, Stored, in_file, rotary_halves, row_blocks
 

@@ -11,7 +11,7 @@ from koala_local.errors import ModelFileError
 
 from .architecture import Checkpoint
 from .easylm import looks_like_stream, open_easylm
-from .gguf_source import open_gguf_checkpoint
+from .gguf import open_gguf_checkpoint
 from .huggingface import open_folder, open_weights
 from .meta import open_meta
 

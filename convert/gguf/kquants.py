@@ -1,7 +1,7 @@
 """Which type each tensor gets, and the kernel that packs it.
 
 Types follow llama.cpp's mixes (`llama_model_quantize` of the installed library is the yardstick, and the tests hold
-every mix against it). Packing is that library's `ggml_quantize_chunk`, or a kernel with the same bytes (kernels.py).
+every mix against it). Packing is that library's `ggml_quantize_chunk`, or a kernel with the same bytes (kernels/).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 
-from . import ggml
-from .kernels import Pack
+from ..kernels import ggml
+from ..kernels.choice import Pack
 
 BASE_TYPES = {
     "F32": "F32",

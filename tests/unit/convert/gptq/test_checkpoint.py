@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from koala_local.convert import gptq_checkpoint
-from koala_local.convert.architecture import Checkpoint
 from koala_local.convert.calibration import builtin_calibration, builtin_held_out
-from koala_local.convert.checkpoint import open_checkpoint
 from koala_local.convert.forward import LINEAR, Head, Observe, stream_layers
-from koala_local.convert.gptq import GptqSettings, Hessian, quantize_matrix
-from koala_local.convert.gptq_checkpoint import GptqResult, quantize_gptq
-from koala_local.convert.pack import PARTS, unpack
+from koala_local.convert.gptq.checkpoint import GptqResult, quantize_gptq
+from koala_local.convert.gptq.matrix import GptqSettings, Hessian, quantize_matrix
+from koala_local.convert.gptq.pack import PARTS, unpack
+from koala_local.convert.sources.architecture import Checkpoint
+from koala_local.convert.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -239,7 +238,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(gptq_checkpoint, "write_sharded", full)
+        patched.setattr("koala_local.convert.gptq.checkpoint.write_sharded", full)
         with pytest.raises(KoalaError, match="No space left"):
             run(checkpoint, tmp_path / "out", tokenizer)
     assert not (tmp_path / "out").exists()

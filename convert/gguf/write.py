@@ -32,13 +32,13 @@ from koala_local.disk import sync
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 
-from . import ggml
-from .architecture import Checkpoint
-from .ggml import row_size
-from .gguf_layout import PlannedTensor, plan_tensors, rope_notes, write_metadata
-from .kernels import Kernel, choose_kernels, notes_of
+from ..kernels import ggml
+from ..kernels.choice import Kernel, choose_kernels, notes_of
+from ..kernels.ggml import row_size
+from ..sources.architecture import Checkpoint
+from ..vocabulary.read import Vocabulary
 from .kquants import BASE_TYPES, block_size, checked_importance, converted, quantize_rows
-from .vocabulary import Vocabulary
+from .layout import PlannedTensor, plan_tensors, rope_notes, write_metadata
 
 IN_FLIGHT_BYTES = 384 * 2**20
 _BYTES_PER_WEIGHT = 16  # stored, as float32, permuted, packed: the most that one weight takes on its way

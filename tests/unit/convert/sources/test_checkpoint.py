@@ -12,8 +12,8 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from koala_local.convert.architecture import Checkpoint
-from koala_local.convert.checkpoint import open_checkpoint
+from koala_local.convert.sources.architecture import Checkpoint
+from koala_local.convert.sources.checkpoint import open_checkpoint
 from transformers import LlamaForCausalLM
 
 from tests.checkpoint_maker import make_easylm, make_gguf, make_hf, make_meta
@@ -204,7 +204,7 @@ def test_llama_3s_table_in_a_gguf_becomes_its_scaling_again(tmp_path: Path, stat
 MEMORY = """
 import sys
 from pathlib import Path
-from koala_local.convert.checkpoint import open_checkpoint
+from koala_local.convert.sources.checkpoint import open_checkpoint
 
 def anonymous():
     for line in open("/proc/self/status"):

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from . import kernel_search as search
-from . import kernel_vectors as vectors
-from .kernel_search import HUGE, Scratch, largest, level, require, squares, weigh
-from .kernel_vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats, half_bits, inlined, row_of
+from . import search, vectors
+from .search import HUGE, Scratch, largest, level, require, squares, weigh
+from .vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats, half_bits, inlined, row_of
 
 WEIGHTS = 256  # of a super-block
 _BLOCK = 3 * WEIGHTS + 12 * 32  # where the packed bytes begin, in vectors

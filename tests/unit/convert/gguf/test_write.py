@@ -19,12 +19,12 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from koala_local.convert import gguf as converter
-from koala_local.convert.architecture import Checkpoint, TensorInfo
-from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.gguf import Progress, Report, write_gguf
-from koala_local.convert.kquants import BASE_TYPES, parse_overrides
-from koala_local.convert.vocabulary import Vocabulary, read_vocabulary
+from koala_local.convert.gguf import write as converter
+from koala_local.convert.gguf.kquants import BASE_TYPES, parse_overrides
+from koala_local.convert.gguf.write import Progress, Report, write_gguf
+from koala_local.convert.sources.architecture import Checkpoint, TensorInfo
+from koala_local.convert.sources.checkpoint import open_checkpoint
+from koala_local.convert.vocabulary.read import Vocabulary, read_vocabulary
 from transformers import LlamaForCausalLM
 
 from koala_local.errors import KoalaError, ModelFileError
@@ -308,9 +308,9 @@ def test_a_missing_folder_is_told(small: Path, tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from koala_local.convert.checkpoint import open_checkpoint
-from koala_local.convert.gguf import write_gguf
-from koala_local.convert.vocabulary import read_vocabulary
+from koala_local.convert.sources.checkpoint import open_checkpoint
+from koala_local.convert.gguf.write import write_gguf
+from koala_local.convert.vocabulary.read import read_vocabulary
 folder = Path(sys.argv[1])
 source = open_checkpoint(folder)
 def progress(step):

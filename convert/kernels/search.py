@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import kernel_vectors as vectors
-from .kernel_vectors import Floats, Row, Truths, absolute, any_of, choose, floats, inlined, larger, nearest, smaller
+from . import vectors
+from .vectors import Floats, Row, Truths, absolute, any_of, choose, floats, inlined, larger, nearest, smaller
 
 f32 = np.float32
 EPSILON, HUGE = f32(1e-15), f32(3e38)  # GROUP_MAX_EPS: what is smaller counts as zero

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from koala_local.convert.pack import BITS, QuantizedMatrix, pack, unpack
+from koala_local.convert.gptq.pack import BITS, QuantizedMatrix, pack, unpack
 
 from koala_local.errors import ModelFileError
 

@@ -23,8 +23,7 @@ from torch.nn.functional import linear
 import koala_local
 from koala_local.errors import KoalaError, ModelFileError
 
-from .architecture import Checkpoint, TensorInfo
-from .forward import (
+from ..forward import (
     INPUTS,
     LINEAR,
     NORMS,
@@ -38,19 +37,20 @@ from .forward import (
     read_layer,
     widen,
 )
-from .gptq import GptqSettings, Hessian, quantize_matrix
-from .gptq_folder import (
+from ..rotary import rotary_table
+from ..safetensors_writer import write_json, write_sharded, write_whole
+from ..sources.architecture import Checkpoint, TensorInfo
+from ..verify import VerificationError
+from ..vocabulary.tokenizer_files import has_tokenizer
+from .folder import (
     copy_tokenizer,
     model_config,
     open_partial,
     publish,
     quantization_config,
 )
+from .matrix import GptqSettings, Hessian, quantize_matrix
 from .pack import BITS, PARTS, check_size, pack, unpack
-from .rotary import rotary_table
-from .safetensors_writer import write_json, write_sharded, write_whole
-from .tokenizer_files import has_tokenizer
-from .verify import VerificationError
 
 Progress = Callable[[str, int, int], None]  # (linear layer, how many are done, how many there are)
 

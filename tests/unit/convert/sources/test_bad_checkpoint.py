@@ -13,7 +13,7 @@ from typing import Any
 import msgpack
 import pytest
 import torch
-from koala_local.convert.checkpoint import open_checkpoint
+from koala_local.convert.sources.checkpoint import open_checkpoint
 from safetensors.torch import load_file
 
 from koala_local.errors import ModelFileError

@@ -20,8 +20,8 @@ import llama_cpp
 import pytest
 import sentencepiece
 import tokenizers
-from koala_local.convert.gguf_layout import write_metadata
-from koala_local.convert.vocabulary import Vocabulary, read_vocabulary
+from koala_local.convert.gguf.layout import write_metadata
+from koala_local.convert.vocabulary.read import Vocabulary, read_vocabulary
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from koala_local.dialogue import BOS, FORMATS, KOALA_TEMPLATE, Control, Dialogue, Reply, Text, Turn

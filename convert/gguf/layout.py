@@ -15,26 +15,11 @@ from numpy.typing import NDArray
 from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig
 
-from .architecture import Checkpoint
+from ..sources.architecture import Checkpoint
+from ..sources.gguf_names import gguf_name
+from ..vocabulary.read import Vocabulary
 from .kquants import tensor_types
-from .vocabulary import Vocabulary
 
-WHOLE_MODEL = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-IN_A_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _FILE_TYPES = {"F32": "ALL_F32"}  # the others are MOSTLY_<kind>
 
 
@@ -67,14 +52,6 @@ def plan_tensors(
     if factors is not None:
         plan.insert(0, PlannedTensor("rope_freqs.weight", "", factors.shape, "F32", data=factors))
     return plan
-
-
-def gguf_name(name: str) -> str:
-    """The GGUF name of a tensor of `layout.expected`."""
-    if name in WHOLE_MODEL:
-        return WHOLE_MODEL[name]
-    _, _, layer, *part, _ = name.split(".")
-    return f"blk.{layer}.{IN_A_LAYER['.'.join(part)]}.weight"
 
 
 def _permuted_heads(name: str, config: ModelConfig) -> int:

@@ -14,10 +14,10 @@ from koala_local.errors import KoalaError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.json_file import member
 
-from .gptq import GptqSettings
-from .recover import configuration
-from .safetensors_writer import copy_file, write_json
-from .tokenizer_files import TOKENIZERS
+from ..recover import configuration
+from ..safetensors_writer import copy_file, write_json
+from ..vocabulary.tokenizer_files import TOKENIZERS
+from .matrix import GptqSettings
 
 _MANIFEST = "run.json"
 _COPIED = (

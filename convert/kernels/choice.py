@@ -1,6 +1,6 @@
 """Which function packs a tensor: this project's kernel, or ggml's own.
 
-The kernels (kernel_blocks.py) give ggml's bytes many times faster. That is compared with the installed library before a
+The kernels (blocks.py) give ggml's bytes many times faster. That is compared with the installed library before a
 kernel is used, as a ggml that was built with fused multiplication has other bytes. Without numba, on a difference or on
 any failure ggml's function does the work, as it does for single super-blocks that a kernel leaves to it. Compiled
 kernels are kept in the user's cache folder.
@@ -66,7 +66,7 @@ def kernel(type_: str, weighted: bool) -> Kernel:
 
 def instructions() -> str:
     """The vectors that kernels use on this processor."""
-    from .kernel_vectors import FEATURES, LANES
+    from .vectors import FEATURES, LANES
 
     names = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "neon": "NEON"}
     return f"{next((name for key, name in names.items() if FEATURES.get(key)), 'plain')} vectors, {LANES} lanes"
@@ -76,8 +76,8 @@ def instructions() -> str:
 def _compiled(type_: str, weighted: bool) -> Callable[..., None]:
     import numba
 
-    from .kernel_blocks import KERNELS
-    from .kernel_vectors import HAS_HALVES
+    from .blocks import KERNELS
+    from .vectors import HAS_HALVES
 
     if not HAS_HALVES:
         raise NotImplementedError("the processor has no instructions for float16")
@@ -92,7 +92,7 @@ def _compiled(type_: str, weighted: bool) -> Callable[..., None]:
 def _numba_cache(config: Any) -> Iterator[bool]:
     """Let numba keep what it compiles in the user's cache folder, apart for each state of the kernels' source: it
     looks only at the file of the function itself. False when the folder cannot be written."""
-    sources = sorted(Path(__file__).parent.glob("kernel_*.py"))
+    sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     before = config.CACHE_DIR
     try:
@@ -128,8 +128,8 @@ def sample(rows: int, columns: int) -> NDArray[np.float32]:
 
 
 def _packer(compiled: Callable[..., None]) -> Pack:
-    from .kernel_blocks import SCRATCH, WEIGHTS
-    from .kernel_vectors import LANES
+    from .blocks import SCRATCH, WEIGHTS
+    from .vectors import LANES
 
     def pack(rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None) -> NDArray[np.uint8]:
         if rows.shape[1] % WEIGHTS or rows.size < LANES * WEIGHTS:

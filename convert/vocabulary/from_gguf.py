@@ -11,7 +11,7 @@ from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.gguf_header import read_header
 
-from .vocabulary import Vocabulary
+from .read import Vocabulary
 
 _PREFIX = "tokenizer.ggml."
 

@@ -8,8 +8,9 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from koala_local.convert import ggml, kquants
-from koala_local.convert.kquants import BASE_TYPES, parse_overrides, quantize_rows, tensor_types
+from koala_local.convert.gguf import kquants
+from koala_local.convert.gguf.kquants import BASE_TYPES, parse_overrides, quantize_rows, tensor_types
+from koala_local.convert.kernels import ggml
 
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig

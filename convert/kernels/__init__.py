@@ -1,0 +1,5 @@
+"""Weights -> the bytes of ggml's types, many times faster than ggml.
+
+choice.py      which function packs a tensor: a kernel, or ggml.py, the installed library
+blocks.py      the kernels, one for each type: search.py finds scales, with the vectors of vectors.py
+"""

@@ -50,7 +50,7 @@ RICH = (
 )
 
 # The edge may load an engine; dialogues are written by dialogue.py, layouts are shared with the engine that runs them.
-CONVERT_MAY = ("convert/command.py", "convert/calibration.py", "convert/gptq/*")
+CONVERT_MAY = ("convert/proof.py", "convert/gptq/*")
 CONVERT_GROUND = ("koala_local.convert.sources", "koala_local.convert.vocabulary")
 FINETUNE_MAY = ("finetune/*command.py", "finetune/data/tokens.py")  # a training row has the ids that chat gives it
 

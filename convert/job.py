@@ -1,0 +1,240 @@
+"""One `koala quantize`: a source is opened, packed under a passing name, put to the test, published with a report."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from koala_local import console
+from koala_local.errors import Interrupted, KoalaError
+from koala_local.models.reference import name_of
+
+from .calibration import Sample, builtin_calibration, make_sample, read_texts
+from .estimate import estimate
+from .proof import prove, source_tokenizer
+from .publish import publish, unverified
+from .recover import sum_checkpoint
+from .report import Report, card_fit
+from .sources.checkpoint import open_checkpoint
+
+if TYPE_CHECKING:
+    from .sources.architecture import Checkpoint
+    from .vocabulary.read import Vocabulary
+
+_SAMPLE, _GPTQ_SAMPLE = (512, 64), (2048, 128)  # tokens of a calibration sequence, sequences at most
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """As the command line has them."""
+
+    output: Path | None
+    bits: str
+    layout: Literal["gguf", "gptq"]
+    group_size: str | None
+    kind: str | None
+    base: Path | None
+    tokenizer: Path | None
+    calibration: Path | None
+    imatrix: Path | None
+    overrides: tuple[str, ...]
+    no_verify: bool
+    threads: int | None
+    force: bool
+    as_json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A source with what is wanted of it. `folder`: of the tokenizer; None where it is in a GGUF, or missing."""
+
+    source: Path
+    options: Options
+    checkpoint: Checkpoint
+    folder: Path | None
+
+    @property
+    def stem(self) -> str:
+        """What the source is called; links are not followed: the hub's cache names what they lead to after hashes."""
+        path = self.source.absolute()
+        return name_of(path) if path.is_dir() else path.stem
+
+    def out(self, ending: str) -> Path:
+        """Where the output goes. Raises KoalaError when something is there that may not be replaced."""
+        path = self.options.output or Path(f"{self.stem}-{ending}")
+        if path.exists() and not self.options.force:
+            raise KoalaError(f"{path} exists already", "give another name with -o, or --force to replace it")
+        return path
+
+    def compared(self, written: Path, kind: str) -> dict[str, Any]:
+        """What a report says of the quality. Raises VerificationError."""
+        if self.options.no_verify:
+            return {}
+        comparison, held = prove(self.checkpoint, self.source, self.folder, written, kind)
+        return {"comparison": comparison, "sample": held}
+
+    def report(self, name: str, *, size: int, **figures: Any) -> Report:
+        config = self.checkpoint.config
+        fits = card_fit(size, config)
+        name = config.name or name
+        return Report(name=name, licence=config.licence, source=self.stem, size=size, fits=fits, **figures)
+
+
+def open_job(source: Path, options: Options) -> Job:
+    """Read the headers; no weights yet."""
+    checkpoint = open_checkpoint(source)
+    if options.base:
+        checkpoint = sum_checkpoint(open_checkpoint(options.base), checkpoint)
+    return Job(source, options, checkpoint, options.tokenizer or checkpoint.tokenizer_folder)
+
+
+def quantize_to_gguf(source: Path, options: Options) -> None:
+    """Write and publish a GGUF file."""
+    from .gguf.kquants import kind_for_bits, parse_overrides
+
+    kind = (options.kind or kind_for_bits(int(options.bits))).upper()
+    overrides = parse_overrides(options.overrides)
+    job = open_job(source, options)
+    out = job.out(f"{kind.lower()}.gguf")
+    with unverified(out) as written:
+        report = _write_gguf(job, written, out.stem, kind, overrides)
+        os.replace(written, out)
+    publish(report, out, as_json=options.as_json)
+
+
+def _write_gguf(job: Job, written: Path, name: str, kind: str, overrides: tuple[tuple[str, str], ...]) -> Report:
+    from .gguf.write import Progress, write_gguf
+
+    vocabulary = _vocabulary(job)
+    for note in vocabulary.notes:
+        console.note(note)
+    importance, calibration = _importance(job)
+    with console.progress("quantizing", "B") as step:
+
+        def tell(progress: Progress) -> None:
+            step(progress.done, progress.total, progress.tensor)
+
+        made = write_gguf(
+            job.checkpoint,
+            vocabulary,
+            written,
+            kind,
+            overrides=overrides,
+            importance=importance,
+            threads=job.options.threads,
+            progress=tell,
+            force=True,
+        )
+    return job.report(
+        name,
+        format="GGUF",
+        kind=kind,
+        size=made.size,
+        parameters=made.parameters,
+        bits_per_weight=made.bits_per_weight,
+        calibration=calibration,
+        notes=made.notes,
+        kernels=made.kernels,
+        **job.compared(written, kind),
+    )
+
+
+def _importance(job: Job) -> tuple[Any, str]:
+    """The importance matrix, or None, and what it comes from."""
+    from .importance import importance_matrix, read_imatrix
+
+    if job.options.imatrix:
+        return read_imatrix(job.options.imatrix), job.options.imatrix.name
+    if not job.options.calibration:
+        return None, ""
+    sample = _calibration_sample(job)
+    with console.progress("calibrating", "layer") as step:
+        return importance_matrix(job.checkpoint, sample.batches(), step), str(sample)
+
+
+def quantize_to_gptq(source: Path, options: Options) -> None:
+    """Write and publish a GPTQ folder; goes on behind the layers that are done."""
+    from .gptq.checkpoint import quantize_gptq
+    from .gptq.matrix import GptqSettings
+
+    job = open_job(source, options)
+    out = job.out(f"gptq-{options.bits}bit")
+    sample = _calibration_sample(job)
+    settings = GptqSettings(bits=int(options.bits), group_size=int(options.group_size or 128))
+    compared: dict[str, Any] = {}
+    with ExitStack() as bar:
+        step = bar.enter_context(console.progress("quantizing", "matrix"))
+
+        def tell(name: str, done: int, total: int) -> None:
+            step(done, total, name)
+
+        def check(written: Path) -> None:
+            bar.close()  # the comparison has bars of its own
+            compared.update(job.compared(written, f"GPTQ-{options.bits}"))
+
+        try:
+            made = quantize_gptq(
+                job.checkpoint,
+                sample.batches(),
+                out,
+                settings,
+                tokenizer_folder=job.folder,
+                force=options.force,
+                progress=tell,
+                check=check,
+            )
+        except (KeyboardInterrupt, Interrupted):
+            console.note("stopped; the same command goes on behind the layers that are done")
+            raise
+    parameters = sum(prod(tensor.shape) for tensor in job.checkpoint.tensors.values())
+    report = job.report(
+        out.name,
+        format="GPTQ",
+        kind=f"{options.bits} bits, groups of {settings.group_size}",
+        size=made.size,
+        parameters=parameters,
+        bits_per_weight=8 * made.size / parameters,
+        calibration=str(sample),
+        notes=made.notes,
+        **compared,
+    )
+    publish(report, out, as_json=options.as_json)
+
+
+def _calibration_sample(job: Job) -> Sample:
+    """What --calibration names; for GPTQ, which cannot do without, the built-in text is the default."""
+    from .gptq.checkpoint import default_compute
+
+    config, path, gptq = job.checkpoint.config, job.options.calibration, job.options.layout == "gptq"
+    longest, most = _GPTQ_SAMPLE if gptq and path else _SAMPLE
+    length = min(longest, config.context)
+    with source_tokenizer(job.source, job.folder, config) as tokenizer:
+        sample = make_sample(read_texts(path) if path else builtin_calibration(), tokenizer, length=length, most=most)
+    compute = default_compute() if gptq else None
+    cost = estimate(config, sample.tokens, length, head=False, gptq=gptq, compute=compute)
+    console.note(f"calibration: {sample}; {cost}" + ("; solving the layers comes on top" if gptq else ""))
+    if path is None:
+        console.note("the built-in text is small: --calibration FILE with your own texts gives a better model")
+    return sample
+
+
+def _vocabulary(job: Job) -> Vocabulary:
+    from .vocabulary.from_gguf import read_gguf_vocabulary
+    from .vocabulary.read import read_vocabulary
+
+    if job.folder is not None:
+        return read_vocabulary(job.folder, job.checkpoint.config)
+    if _is_gguf(job.source):
+        return read_gguf_vocabulary(job.source, job.checkpoint.config)
+    raise KoalaError(f"{job.source} has no tokenizer files", "name their folder with --tokenizer FOLDER")
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from koala_local.disk import replacing, write_whole
 
 from .sources.architecture import TensorInfo
 from .sources.stored import ITEM_BYTES, row_blocks
@@ -39,7 +40,7 @@ def write_sharded(
         names = ["model.safetensors"]
     total, done = sum(map(nbytes, tensors)), 0
     for name, shard in zip(names, shards, strict=True):
-        with _replaced(folder / name) as file:
+        with replacing(folder / name) as partial, partial.open("wb") as file:
             file.write(_header(shard))
             for info in shard:
                 _write_tensor(file, info, read)
@@ -54,41 +55,12 @@ def write_sharded(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_whole(path, [(json.dumps(value, indent=2) + "\n").encode()])
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a small file."""
-    write_whole(target, source.read_bytes())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write the file so that it is there whole or not at all."""
-    with _replaced(path) as file:
-        file.write(content)
-
-
-class _replaced:
-    """A file under a temporary name, flushed to the disk and renamed on success, removed on failure."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f"{path.name}.partial")
-
-    def __enter__(self) -> BinaryIO:
-        self.file = self.temporary.open("wb")
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            with self.file:
-                if kind is None:
-                    self.file.flush()
-                    os.fsync(self.file.fileno())
-            if kind is None:
-                self.temporary.replace(self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)
+    write_whole(target, [source.read_bytes()])
 
 
 def _shards(tensors: Sequence[TensorInfo], limit: int) -> Iterator[list[TensorInfo]]:

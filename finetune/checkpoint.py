@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import pickle
@@ -28,13 +27,12 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from koala_local.disk import sync, write_whole
+from koala_local.disk import FULL, sync, write_whole
 from koala_local.errors import KoalaError
 
 _FORMAT = "koala-checkpoint-1"
 _ABOUT = "run.json"
 _TORN = "delete that folder to go on from the checkpoint before it"
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # The classes that torch itself puts into `.metadata`, a pickle: nothing else is made of one.
 _METADATA = (
     "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
@@ -214,7 +212,7 @@ def _write_error(final: Path, error: BaseException, folder: Path) -> CheckpointE
     last = complete(folder)
     kept = f"{last[-1].name} is the last one" if last else "there is none yet"
     number = cause.errno if cause else None
-    hint = "free some space" if number in _FULL else "check the folder, its permissions and its disk"
+    hint = "free some space" if number in FULL else "check the folder, its permissions and its disk"
     return CheckpointError(
         f"the checkpoint {final.name} cannot be written: {_reason(error)}; {kept}", f"{hint}, then go on with --resume"
     )

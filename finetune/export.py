@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from koala_local.dialogue import KOALA_TEMPLATE
-from koala_local.disk import sync
+from koala_local.disk import FULL, nearest, sync
 from koala_local.errors import KoalaError
 from koala_local.models.json_file import parse_object
 
@@ -182,7 +182,7 @@ def _write_weights(
 def _begin(out: Path, partial: Path, size: int) -> None:
     if (out / "config.json").exists() or (out.exists() and not out.is_dir()):
         raise KoalaError(f"{str(out)!r} holds a checkpoint already", "give another folder, or delete that one")
-    place = next(folder for folder in partial.parents if folder.exists())
+    place = nearest(partial.parent)
     free = shutil.disk_usage(place).free
     if free < size + _SPARE_BYTES:
         what = f"the model takes {size / 1e9:.1f} GB, {str(place)!r} has {free / 1e9:.1f} GB left"
@@ -270,7 +270,7 @@ def _explained(error: Exception) -> tuple[str, str]:
     if isinstance(error, KoalaError):
         return error.message, error.hint
     number = error.errno if isinstance(error, OSError) else None
-    full = number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
+    full = number in FULL or f"os error {errno.ENOSPC}" in str(error)
     hint = "free some space, or write to another disk" if full else "check the folder and its permissions"
     what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return f"the checkpoint cannot be written: {what}; nothing is left of it", hint

@@ -27,6 +27,7 @@ from types import FrameType
 from typing import Any
 
 from koala_local.console import quiet_libraries
+from koala_local.disk import write_whole
 from koala_local.errors import KoalaError
 
 MEETING_FILE = "KOALA_MEETING_FILE"  # environment variable: where ranks of one machine find each other
@@ -262,8 +263,7 @@ def _write_report(scratch: Path, rank: int, error: BaseException) -> None:
         "hint": error.hint if isinstance(error, KoalaError) else "",
         "traceback": "".join(traceback.format_exception(error)),
     }
-    (scratch / f"rank-{rank}.partial").write_text(json.dumps(report))
-    (scratch / f"rank-{rank}.partial").rename(scratch / f"rank-{rank}.json")
+    write_whole(scratch / f"rank-{rank}.json", [json.dumps(report).encode()])
 
 
 def _cause(error: Any, scratch: Path) -> Exception:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ def locked(out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(out / ".lock", wait=True))
+            stack.enter_context(lock(out / ".lock", math.inf))
         except OSError as error:
             what = f"{str(out)!r} cannot be written: {error.strerror}"
             raise KoalaError(what, "give another folder with -o") from None

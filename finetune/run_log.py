@@ -4,7 +4,6 @@ picture of the curves at the end. Written by rank 0 alone.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from koala_local.disk import write_whole
+from koala_local.disk import replacing, write_whole
 from koala_local.errors import KoalaError
 
 if TYPE_CHECKING:
@@ -116,10 +115,9 @@ def draw_curves(folder: Path) -> Path:
         axis.grid(alpha=0.3)
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    with replacing(folder / CURVES) as picture:
+        figure.savefig(picture, format="png", dpi=120)
     pyplot.close(figure)
-    write_whole(folder / CURVES, [picture.getvalue()])
     return folder / CURVES
 
 

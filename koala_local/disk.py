@@ -1,11 +1,22 @@
-"""What has been written reaches the disk, and is written by one process at a time."""
+"""What is written reaches the disk, under its name there is all of it or none, and one process at a time writes it.
+
+A lock is flock's, on a file: it ends with the process that holds it, also by `kill -9`. A file system without locks
+grants every one: a second program is then not noticed, and nothing else is lost.
+"""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # what a disk, a limit or a quota that is full answers
+PRIVATE = 0o600  # the mode of a file for its owner's eyes
+_POLL_S = 0.02
 
 
 def sync(path: Path) -> None:
@@ -17,34 +28,94 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """Write the file; under its name there is the whole of it or what was there before. Raises OSError, and what making
-    the parts raises."""
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(parts)
-        sync(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+def nearest(path: Path) -> Path:
+    """The path, or the first folder above it that is there: where its space will be taken."""
+    return next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+
+
+def write_whole(path: Path, parts: Iterable[bytes], *, mode: int = 0o666) -> None:
+    """Write the file as `replacing` does. Raises OSError, and what making the parts raises."""
+    with replacing(path, mode=mode) as temporary, temporary.open("wb") as file:
+        file.writelines(parts)
 
 
 @contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the file `path`, which is made, until the block or this process ends, also by `kill -9`. Yields whether it
-    is held: False where another process holds it and `wait` is not set. A file system that knows no locks grants all.
-    Raises OSError when the file cannot be made."""
-    import fcntl
+def replacing(path: Path, *, seconds: float = 5.0, mode: int = 0o666) -> Iterator[Path]:
+    """An empty file beside `path` to write to. When the block ends it is flushed and takes the name `path`, under which
+    there is the whole of it or what was there before; when the block raises it is removed.
 
-    held = True
-    with path.open("w") as file:
+    It is called `.NAME.partial` and locked meanwhile. What a process that was killed left under that name is written
+    over by the next one, or goes with `remove_leftovers`. Raises OSError: BlockingIOError where another process still
+    writes it after `seconds`."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with lock(temporary, seconds, mode) as alone:
+        if not alone:
+            raise BlockingIOError(errno.EWOULDBLOCK, "another program is writing it", str(path))
         try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            held = False
-        except OSError:
-            pass
-        yield held
+            os.truncate(temporary, 0)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # while it is locked: the name can be nobody else's
+                temporary.unlink()
+            raise
+    with suppress(OSError):  # not every file system flushes a folder
+        sync(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes that were killed left of `replacing` in the folder. What cannot be deleted stays."""
+    for path in folder.glob(".*.partial"):
+        with suppress(OSError), lock(path) as dead:
+            if dead:
+                path.unlink()
+
+
+@contextmanager
+def lock(path: Path, seconds: float = 0.0, mode: int = 0o666) -> Iterator[bool]:
+    """Lock the file `path`, as `try_lock` does, until the block ends. Yields whether it is locked: not where somebody
+    else still held it after `seconds`. Raises OSError when the file cannot be made."""
+    deadline = time.monotonic() + seconds
+    while (descriptor := try_lock(path, mode)) is None and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def try_lock(path: Path, mode: int = 0o666) -> int | None:
+    """Lock the file `path`, made if need be, and return its descriptor: closing that unlocks it. None while another
+    process, or another call in this one, holds it. Who holds it may remove the file or give it another name: whoever
+    comes then locks a new one. Raises OSError when the file cannot be made."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        try:
+            if not _flock(descriptor):
+                os.close(descriptor)
+                return None
+            if _same_file(descriptor, path):
+                return descriptor
+        except BaseException:
+            with suppress(OSError):
+                os.close(descriptor)
+            raise
+        os.close(descriptor)  # its last holder removed it after it was opened here: take the new one
+
+
+def _flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _same_file(descriptor: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False

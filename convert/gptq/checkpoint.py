@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save
 from torch.nn.functional import linear
 
 import koala_local
+from koala_local.disk import write_whole
 from koala_local.errors import KoalaError, ModelFileError
 
 from ..forward import (
@@ -38,7 +39,7 @@ from ..forward import (
     widen,
 )
 from ..rotary import rotary_table
-from ..safetensors_writer import write_json, write_sharded, write_whole
+from ..safetensors_writer import write_json, write_sharded
 from ..sources.architecture import Checkpoint, TensorInfo
 from ..verify import VerificationError
 from ..vocabulary.tokenizer_files import has_tokenizer
@@ -226,7 +227,7 @@ class _Run:
         weights.update({name: half.to(weights[name]) for name, half in halves.items()})
         tensors = self._linears(index, weights, states, mixed)
         tensors |= {f"{prefix}{name}.weight": half.cpu() for name, half in halves.items()}
-        write_whole(self._shard(index), save(tensors, {"format": "pt"}))
+        write_whole(self._shard(index), [save(tensors, {"format": "pt"})])
 
     @torch.inference_mode()
     def _linears(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import koala_local
-from koala_local.disk import sync
+from koala_local.disk import remove_leftovers, sync
 from koala_local.errors import KoalaError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.json_file import member
@@ -45,7 +45,7 @@ def open_partial(partial: Path, manifest: Mapping[str, Any], force: bool) -> Non
                 f"{str(partial)!r} is of a stopped run with other {', '.join(other)}",
                 "repeat that command to go on with it, or give --force to begin anew",
             )
-    elif partial.exists() and not force and any(partial.iterdir()):
+    elif partial.exists() and not force and any(path.suffix != ".partial" for path in partial.iterdir()):
         raise KoalaError(f"{str(partial)!r} exists and is no stopped run", "delete it, or give --force")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -88,8 +88,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 def publish(partial: Path, out: Path) -> None:
     """Give the complete folder its name; what had the name before is deleted after that."""
-    for leftover in partial.glob("*.partial"):
-        leftover.unlink()
+    remove_leftovers(partial)
     sync(partial)
     old = out.with_name(f"{out.name}.replaced")
     if out.exists():

@@ -6,7 +6,6 @@ however hard, goes on with the stages that it left there.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections import Counter
@@ -18,7 +17,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from koala_local.disk import lock
+from koala_local.disk import FULL, lock, remove_leftovers
 from koala_local.errors import KoalaError
 
 from .contamination import TestQuery, find_sets, read_set
@@ -224,12 +223,11 @@ def _unfinished(out: Path) -> Iterator[Path]:
         if not alone:
             raise BuildError(f"another build of {str(out)!r} is running", "wait until it ends")
         _recover(out)
-        for torn in (folder / "stages").glob(".*"):  # of builds that were killed
-            torn.unlink()
+        remove_leftovers(folder / "stages")
         try:
             yield folder
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in FULL:
                 raise
             hint = "free some and run it again: it goes on where it was"
             raise BuildError(f"no space is left beside {str(out)!r}", hint) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from koala_local.disk import sync, write_whole
+from koala_local.disk import FULL, sync, write_whole
 
 from .corpus import (
     FILES,
@@ -80,7 +79,7 @@ def write_corpus(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        hint = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        hint = "free some space" if error.errno in FULL else "check the path and its permissions"
         raise CorpusError(f"the corpus {str(folder)!r} cannot be written: {error.strerror}", hint) from None
     return parse_manifest(text, folder / MANIFEST)
 

@@ -6,7 +6,6 @@ The report is plain values, written as report.json; the same inputs give the sam
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from koala_local.disk import write_whole
+from koala_local.disk import replacing
 
 from .mix import REASONS, Tally
 from .recipe import Recipe
@@ -141,7 +140,6 @@ def _write(path: Path, draw: Any, report: Mapping[str, Any]) -> Path:
     axes.set_axisbelow(True)
     axes.grid(alpha=0.3)
     draw(axes, report)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_whole(path, [picture.getvalue()])
+    with replacing(path) as picture:
+        figure.savefig(picture, format="png", dpi=120)
     return path

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from koala_local.chat.locks import waiting_lock
+from koala_local.disk import PRIVATE, lock
 from koala_local.engine.text_stream import one_line
 from koala_local.paths import private_folder
 
@@ -85,7 +85,8 @@ def open_database(folder: Path) -> Opened:
     """The database in `folder`, checked and ready; never raises."""
     try:
         private_folder(folder)
-        with waiting_lock(folder / "sessions.lock", _BUSY_SECONDS):  # two programs must not both set it aside
+        # Two programs must not both set it aside; one that is stopped must not stop this one, which goes on unlocked.
+        with lock(folder / "sessions.lock", _BUSY_SECONDS, PRIVATE):
             return _open_or_begin_anew(folder / NAME)
     except _TooNew as error:
         reason = f"{folder / NAME} {error}; it was left as it is"

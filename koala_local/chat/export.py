@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from koala_local.chat.conversation import Conversation
 from koala_local.chat.views import title_of
+from koala_local.disk import write_whole
 from koala_local.engine.text_stream import plain
 from koala_local.errors import KoalaError
 
@@ -30,7 +30,11 @@ def export(conversation: Conversation, model_name: str, reference: str, *, overw
         text = plain(as_markdown(conversation, model_name))
     else:
         text = json.dumps(as_json(conversation, model_name), indent=2) + "\n"
-    _write(path, text.encode("utf-8", "replace"))
+    try:
+        write_whole(path, [text.encode("utf-8", "replace")])
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise KoalaError(f"{str(path)!r} cannot be written: {reason}", "try another folder") from None
     return path
 
 
@@ -81,19 +85,3 @@ def as_json(conversation: Conversation, model_name: str) -> dict[str, Any]:
 
 def _time(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write beside the final name and rename, so that the file is never seen half written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):
-            temporary.unlink()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise KoalaError(f"{str(path)!r} cannot be written: {reason}", "try another folder") from None

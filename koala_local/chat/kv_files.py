@@ -9,7 +9,7 @@ The order of a save makes `kill -9` harmless at any moment:
  3. the temporary file gets the final name;                                      killed here: no record, so none saved
  4. the record is written to a temporary name, flushed, and renamed;             killed after it: the new pair
 A power cut may undo step 2 and keep step 3: the old record then meets a file of another hash, and is refused.
-A temporary file stays locked (flock) while it is written; the next save removes those that nobody holds.
+A temporary file stays locked while it is written; the next save removes those that nobody holds (see disk.py).
 The checksums tell accidents apart from good files; they are no signature, and the folder is private for that.
 
 By default all files together take at most 8 GiB: four full 7B conversations (f16, 4096 tokens: 2 GiB each), or
@@ -22,16 +22,14 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from secrets import token_hex
 from typing import Any
 
-from koala_local.chat.locks import try_lock
-from koala_local.disk import sync
+from koala_local.disk import PRIVATE, remove_leftovers, replacing, write_whole
 from koala_local.engine.base import Engine
 from koala_local.errors import SessionError
 from koala_local.paths import private_folder, session_file
@@ -79,19 +77,14 @@ class KvFiles:
         data, record = self._pair(session_id)
         try:
             private_folder(self._folder)
-            self._remove_leftovers()
-            with self._temporary() as temporary:
+            remove_leftovers(self._folder)
+            with replacing(data, mode=PRIVATE) as temporary:
                 engine.save(slot, ids, temporary)
                 length, sha256 = _flush(temporary)
                 content = _encode(_record(engine, ids, length, sha256))
                 self._check_size(length + len(content))
                 record.unlink(missing_ok=True)
-                os.replace(temporary, data)
-            with self._temporary() as temporary:
-                temporary.write_bytes(content)
-                _flush(temporary)
-                os.replace(temporary, record)
-            _flush_folder(self._folder)
+            write_whole(record, [content], mode=PRIVATE)
         except OSError as error:
             if not record.exists():  # what remains of the pair is of no use, and may fill the disk
                 _delete(data)
@@ -144,7 +137,7 @@ class KvFiles:
     def prune(self, keep: str = "") -> None:
         """Delete halves of pairs and leftovers, then the oldest pairs until the rest keeps the limit; never that of the
         session `keep`. What cannot be deleted stays."""
-        self._remove_leftovers()
+        remove_leftovers(self._folder)
         sizes: dict[tuple[int, str], int] = {}
         for session_id in {path.stem for pattern in ("*.kv", "*.json") for path in self._folder.glob(pattern)}:
             pair = [self._folder / f"{session_id}.kv", self._folder / f"{session_id}.json"]
@@ -166,28 +159,6 @@ class KvFiles:
         if size > self._limit:
             have, most = size / (1 << 30), self._limit / (1 << 30)
             raise SessionError(f"the KV cache takes {have:.3g} GiB, saved ones may take {most:.3g} in all", _HINT)
-
-    @contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        """A new empty file, locked as long as it is in use, removed unless it was renamed. Raises OSError."""
-        path = self._folder / f".{token_hex(8)}.tmp"
-        descriptor = try_lock(path)
-        if descriptor is None:
-            raise OSError(f"{path} is taken")
-        try:
-            yield path
-        finally:
-            with suppress(OSError):
-                path.unlink()
-            os.close(descriptor)
-
-    def _remove_leftovers(self) -> None:
-        for path in self._folder.glob(".*.tmp"):
-            with suppress(OSError):
-                descriptor = try_lock(path)
-                if descriptor is not None:  # whoever wrote it is gone
-                    path.unlink()
-                    os.close(descriptor)
 
 
 def _record(engine: Engine, ids: Sequence[int], length: int, sha256: str) -> _Record:
@@ -245,11 +216,6 @@ def _flush(path: Path) -> tuple[int, str]:
 
 def _sha256(file: BufferedReader | BufferedRandom) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    with suppress(OSError):
-        sync(folder)
 
 
 def _is_young(path: Path) -> bool:

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from koala_local import __version__, paths
+from koala_local.disk import nearest
 from koala_local.errors import KoalaError
 from koala_local.models import devices
 from koala_local.models.devices import Gpu
@@ -230,7 +231,7 @@ def bad_folders(folders: dict[str, Folder]) -> list[Finding]:
 
 def _folder(path: Path) -> Folder:
     """Of a folder that need not exist yet: what holds for the nearest one above it."""
-    there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
+    there = nearest(path)
     writable, free = False, None
     with suppress(OSError):
         free = shutil.disk_usage(there).free

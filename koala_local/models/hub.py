@@ -6,6 +6,7 @@ the hub answers is trusted: names, sizes and hashes are checked before a path is
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
+from koala_local.disk import nearest, replacing, write_whole
 from koala_local.models import cache
 from koala_local.models.configuration import quantization_method
 from koala_local.models.page import size
@@ -113,12 +115,14 @@ def download(repository: Repository, files: Sequence[File], progress: Progress) 
         _link(folder / "blobs" / file.oid, snapshot / file.name)
     revision = repository.reference.revision or constants.DEFAULT_REVISION
     if revision != repository.commit:
-        _write(folder / "refs" / revision, repository.commit)
+        reference = folder / "refs" / revision
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(reference, [repository.commit.encode()])
     return snapshot
 
 
 def _check_space(needed: int, folder: Path) -> None:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = nearest(folder)
     free = shutil.disk_usage(there).free
     if needed > free:
         what = f"the download takes {size(needed)}, but only {size(free)} are free in {str(there)!r}"
@@ -147,16 +151,8 @@ def _link(blob: Path, path: Path) -> None:
     try:
         path.symlink_to(os.path.relpath(blob, path.parent))
     except OSError:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.incomplete")
-        shutil.copyfile(blob, temporary)
-        temporary.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
+        with replacing(path, seconds=math.inf) as temporary:
+            shutil.copyfile(blob, temporary)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from koala_local.disk import write_whole
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models import cache, catalog
 from koala_local.models.gguf_header import read_header
@@ -230,10 +231,5 @@ def _read(file: Path) -> _Note | None:
 def _write(note: _Note) -> None:
     file = _file_of(Path(note.path))
     private_folder(file.parent)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
     content = {"path": note.path, "registered": note.registered, "used": note.used}
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    write_whole(file, [json.dumps(content).encode()])

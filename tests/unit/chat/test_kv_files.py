@@ -299,20 +299,20 @@ def test_what_alone_exceeds_the_limit_is_not_saved(folder: Path) -> None:
 def test_leftovers_of_dead_programs_are_removed_those_of_living_ones_not(folder: Path) -> None:
     files, (engine, state) = KvFiles(folder), fake()
     files.save("aaaa2222", engine, 0, [1])
-    (folder / ".0123456789abcdef.tmp").write_bytes(b"half")
+    (folder / ".dddd2222.kv.partial").write_bytes(b"half")
     write = state.save
     seen: list[list[str]] = []
 
     def slow(slot: int, ids: Sequence[int], path: Path) -> None:
-        assert not (folder / ".0123456789abcdef.tmp").exists()  # gone before the disk is needed
+        assert not (folder / ".dddd2222.kv.partial").exists()  # gone before the disk is needed
         write(slot, ids, path)
         KvFiles(folder).prune()
         KvFiles(folder).save("cccc2222", fake()[0], 0, [3])
-        seen.append([name for name in names(folder) if name.endswith(".tmp")])
+        seen.append([name for name in names(folder) if name.endswith(".partial")])
 
     state.save = slow  # type: ignore[method-assign]
     files.save("bbbb2222", engine, 0, [2])
-    assert len(seen[0]) == 1 and "0123456789abcdef" not in seen[0][0]
+    assert len(seen[0]) == 1 and "dddd2222" not in seen[0][0]
     assert {name.split(".")[0] for name in names(folder)} == {"aaaa2222", "bbbb2222", "cccc2222"}
 
 
@@ -425,5 +425,5 @@ def test_kill_at_random_moments(folder: Path) -> None:
         except CacheMiss as error:
             assert str(error) == "no KV cache was saved"
     KvFiles(folder).prune()
-    assert [name for name in names(folder) if name.endswith(".tmp")] == []
+    assert [name for name in names(folder) if name.endswith(".partial")] == []
     assert restored

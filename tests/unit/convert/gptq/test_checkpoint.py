@@ -155,6 +155,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, tokenizer: Path,
     assert contents(result.folder) == contents(whole.folder)
 
 
+@pytest.mark.parametrize("name", ["run.json", "model-00002-of-00003.safetensors", "added_tokens.json"])
+def test_a_file_that_a_kill_cut_off_does_not_stay(tmp_path: Path, tokenizer: Path, name: str) -> None:
+    _, checkpoint = tiny()
+    whole = run(checkpoint, tmp_path / "whole", tokenizer)
+    if name == "run.json":  # the first file of all
+        (tmp_path / "out.partial").mkdir()
+    else:
+        stop_after(1, checkpoint, tmp_path / "out", tokenizer)
+    (tmp_path / "out.partial" / f".{name}.partial").write_bytes(b"half")
+    run(checkpoint, tmp_path / "out", tokenizer)
+    assert contents(tmp_path / "out") == contents(whole.folder)
+
+
 def test_a_damaged_layer_of_a_stopped_run_is_done_again(tmp_path: Path, tokenizer: Path) -> None:
     _, checkpoint = tiny()
     whole = run(checkpoint, tmp_path / "whole", tokenizer)

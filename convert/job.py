@@ -1,8 +1,7 @@
-"""One `koala quantize`: a source is opened, packed under a passing name, put to the test, published with a report."""
+"""One `koala quantize`: a source is opened, packed, put to the test before it gets its name, and reported on."""
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +15,7 @@ from koala_local.models.reference import name_of
 from .calibration import Sample, builtin_calibration, make_sample, read_texts
 from .estimate import estimate
 from .proof import prove, source_tokenizer
-from .publish import publish, unverified
+from .publish import publish
 from .recover import sum_checkpoint
 from .report import Report, card_fit
 from .sources.checkpoint import open_checkpoint
@@ -100,37 +99,41 @@ def quantize_to_gguf(source: Path, options: Options) -> None:
     overrides = parse_overrides(options.overrides)
     job = open_job(source, options)
     out = job.out(f"{kind.lower()}.gguf")
-    with unverified(out) as written:
-        report = _write_gguf(job, written, out.stem, kind, overrides)
-        os.replace(written, out)
-    publish(report, out, as_json=options.as_json)
+    publish(_write_gguf(job, out, kind, overrides), out, as_json=options.as_json)
 
 
-def _write_gguf(job: Job, written: Path, name: str, kind: str, overrides: tuple[tuple[str, str], ...]) -> Report:
+def _write_gguf(job: Job, out: Path, kind: str, overrides: tuple[tuple[str, str], ...]) -> Report:
     from .gguf.write import Progress, write_gguf
 
     vocabulary = _vocabulary(job)
     for note in vocabulary.notes:
         console.note(note)
     importance, calibration = _importance(job)
-    with console.progress("quantizing", "B") as step:
+    compared: dict[str, Any] = {}
+    with ExitStack() as bar:
+        step = bar.enter_context(console.progress("quantizing", "B"))
 
         def tell(progress: Progress) -> None:
             step(progress.done, progress.total, progress.tensor)
 
+        def check(written: Path) -> None:
+            bar.close()  # the comparison has bars of its own
+            compared.update(job.compared(written, kind))
+
         made = write_gguf(
             job.checkpoint,
             vocabulary,
-            written,
+            out,
             kind,
             overrides=overrides,
             importance=importance,
             threads=job.options.threads,
             progress=tell,
-            force=True,
+            check=check,
+            force=job.options.force,
         )
     return job.report(
-        name,
+        out.stem,
         format="GGUF",
         kind=kind,
         size=made.size,
@@ -139,7 +142,7 @@ def _write_gguf(job: Job, written: Path, name: str, kind: str, overrides: tuple[
         calibration=calibration,
         notes=made.notes,
         kernels=made.kernels,
-        **job.compared(written, kind),
+        **compared,
     )
 
 

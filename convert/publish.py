@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koala_local import console
+from koala_local.disk import write_whole
 from koala_local.models.page import size
 
 if TYPE_CHECKING:
     from .report import Report
-
-
-@contextmanager
-def unverified(out: Path) -> Iterator[Path]:
-    """A name beside `out` for what is not verified yet; nothing stays there when anything fails."""
-    path = out.with_name(f".{os.getpid()}-{out.name}")
-    try:
-        yield path
-    finally:
-        with suppress(OSError):
-            path.unlink()
 
 
 def publish(report: Report, out: Path, *, as_json: bool) -> None:
@@ -35,9 +22,7 @@ def publish(report: Report, out: Path, *, as_json: bool) -> None:
         card.with_name(f"{card.name}.md"): report.model_card(),
     }
     for path, text in texts.items():
-        temporary = path.with_name(f".{os.getpid()}-{path.name}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, [text.encode()])
     if as_json:
         console.out(report.to_json().rstrip("\n"))
         return

@@ -8,8 +8,6 @@ files, which the system can drop at any time.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import math
 import os
 import shutil
@@ -17,7 +15,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from koala_local.disk import sync
+from koala_local.disk import FULL, replacing
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 
@@ -78,14 +76,15 @@ def write_gguf(
     importance: Mapping[str, NDArray[np.float32]] | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
+    check: Callable[[Path], None] = lambda _: None,
     force: bool = False,
 ) -> Report:
     """Write `source` as a GGUF of type `kind` and say what was written.
 
     `overrides` are (pattern, type) pairs (`kquants.parse_overrides`), `importance` maps GGUF names to one weight per
-    column. The file appears under its final name when it is whole and on disk, never before. Raises KoalaError for an
-    existing output without `force`, a full disk or an unknown type, ModelFileError for a checkpoint that cannot be
-    written.
+    column. The file appears under its final name when it is whole and on disk, never before; `check` may look at it
+    until then, and where it raises nothing is left. Raises KoalaError for an existing output without `force`, a full
+    disk or an unknown type, ModelFileError for a checkpoint that cannot be written.
     """
     if out.exists() and not force:
         raise KoalaError(f"{out} exists already", "give another name with -o, or --force to replace it")
@@ -102,9 +101,8 @@ def write_gguf(
             pipeline = _Pipeline(source, matched, kernels, threads or os.cpu_count() or 1)
             pipeline.run(plan, file, progress)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, out)
-    sync(out.parent)
+            os.fsync(file.fileno())  # here a full disk still has its own message
+        check(partial)
     notes = (*vocabulary.notes, *_notes(plan, source.config, kind, matched, importance))
     return _report(out, kind, size, plan, notes, notes_of(kernels))
 
@@ -135,27 +133,21 @@ def _matching_importance(
 
 @contextmanager
 def _partial_file(out: Path) -> Iterator[Path]:
-    """A name beside `out` to write under, locked while in use, gone afterwards. What a killed run left is reused."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        lock = os.open(partial, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise KoalaError(f"cannot write to {out.parent}: {error.strerror}", "choose another place with -o") from None
-    try:
+    """What becomes `out` when the block ends, as with `replacing`; its errors as a KoalaError."""
+    with ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            partial = stack.enter_context(replacing(out, seconds=0))
+        except BlockingIOError:
             raise KoalaError(f"another run is writing {out}", "wait for it, or choose another name with -o") from None
+        except OSError as error:
+            what = f"cannot write to {out.parent}: {error.strerror}"
+            raise KoalaError(what, "choose another place with -o") from None
         try:
             yield partial
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             raise _no_space(out, str(error.strerror)) from error
-        finally:
-            partial.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
 
 
 def _no_space(out: Path, reason: str) -> KoalaError:

@@ -96,6 +96,25 @@ def test_a_broken_result_leaves_no_file(tmp_path: Path, checkpoint: Path) -> Non
     assert list(tmp_path.glob("*")) == []
 
 
+def test_a_run_that_is_killed_before_its_result_is_verified_leaves_nothing_for_good(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    code = (
+        "import os, signal\n"
+        "from koala_local import console\n"
+        "from koala_local.convert import verify\n"
+        "verify.check = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from koala_local.convert.command import quantize\n"
+        "raise SystemExit(console.run(lambda: quantize.main(standalone_mode=False)))\n"
+    )
+    arguments = [str(checkpoint), "-o", str(tmp_path / "x.gguf")]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)
+    assert result.returncode == -9, result.stderr.decode()
+    assert [path.name for path in tmp_path.iterdir()] == [".x.gguf.partial"]
+    assert quantize(tmp_path, checkpoint, "-o", tmp_path / "x.gguf", "--no-verify").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.gguf", "x.json", "x.md"]
+
+
 def test_recover_adds_the_difference(tmp_path: Path) -> None:
     base = make_hf(tmp_path / "base", layers=2, hidden=64, seed=1, dtype=torch.float32)
     diff = make_hf(tmp_path / "diff", layers=2, hidden=64, seed=2, dtype=torch.float32)

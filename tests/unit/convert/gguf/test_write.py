@@ -287,6 +287,28 @@ def test_an_exception_leaves_the_old_file(small: Path, tmp_path: Path, error: ty
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_what_does_not_pass_its_check_leaves_the_old_file(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_bytes(b"old")
+    seen: list[bytes] = []
+
+    def look(written: Path) -> None:
+        assert out.read_bytes() == b"old"
+        seen.append(written.read_bytes())
+
+    def refuse(_: Path) -> None:
+        raise KoalaError("it is broken")
+
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KoalaError, match="broken"):
+        convert(small, out, "Q8_0", check=refuse, force=True)
+    assert out.read_bytes() == b"old"
+    assert sorted(tmp_path.iterdir()) == before
+    convert(small, out, "Q8_0", check=look, force=True)
+    assert seen == [out.read_bytes()]
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_full_disk_is_told_before_anything_is_read(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ def quantize(source: Path, **options: Any) -> None:
 def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype: Any) -> None:
     """Write base + difference as a Hugging Face checkpoint, streaming."""
     need("convert", *_NEEDED)
-    from koala_local.models.page import size
+    from koala_local.wording import size
 
     from .recover import known_checksums
     from .recover import recover as recover_checkpoint

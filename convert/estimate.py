@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from koala_local.models.configuration import ModelConfig
-from koala_local.models.page import size
+from koala_local.wording import size
 
 from .forward import LOGITS_BYTES, STATES_BYTES, Compute
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from koala_local import console
 from koala_local.disk import write_whole
-from koala_local.models.page import size
+from koala_local.wording import size
 
 if TYPE_CHECKING:
     from .report import Report

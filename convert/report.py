@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from koala_local.models.configuration import ModelConfig
-from koala_local.models.page import size
+from koala_local.wording import size
 
 from .verify import Comparison
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from koala_local.disk import FULL, sync, write_whole
 from koala_local.errors import KoalaError
+from koala_local.wording import first_line
 
 _FORMAT = "koala-checkpoint-1"
 _ABOUT = "run.json"
@@ -233,13 +234,7 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _reason(error: BaseException) -> str:
     causes = _causes(error)
     best = next((each for each in causes if isinstance(each, OSError) and each.strerror), causes[0])
-    return (
-        best.strerror
-        if isinstance(best, OSError) and best.strerror
-        else f"{best}".splitlines()[0][:200]
-        if f"{best}"
-        else type(best).__name__
-    )
+    return best.strerror if isinstance(best, OSError) and best.strerror else first_line(best)
 
 
 def _is_writer() -> bool:

@@ -30,6 +30,7 @@ from koala_local.dialogue import KOALA_TEMPLATE
 from koala_local.disk import FULL, nearest, sync
 from koala_local.errors import KoalaError
 from koala_local.models.json_file import parse_object
+from koala_local.wording import size
 
 from .sharding import plain_name
 from .throughput import Numbers
@@ -179,13 +180,13 @@ def _write_weights(
     return failure
 
 
-def _begin(out: Path, partial: Path, size: int) -> None:
+def _begin(out: Path, partial: Path, needed: int) -> None:
     if (out / "config.json").exists() or (out.exists() and not out.is_dir()):
         raise KoalaError(f"{str(out)!r} holds a checkpoint already", "give another folder, or delete that one")
     place = nearest(partial.parent)
     free = shutil.disk_usage(place).free
-    if free < size + _SPARE_BYTES:
-        what = f"the model takes {size / 1e9:.1f} GB, {str(place)!r} has {free / 1e9:.1f} GB left"
+    if free < needed + _SPARE_BYTES:
+        what = f"the model takes {size(needed, 1)}, {str(place)!r} has {size(free, 1)} left"
         raise KoalaError(what, "free some space, or write to another disk")
     if partial.exists():  # of an export that was killed: a run's folder has one owner
         shutil.rmtree(partial)

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from koala_local.errors import ModelFileError
 from koala_local.models.configuration import ModelConfig, read_configuration
+from koala_local.wording import first_line
 
 from . import adapters, attention, sharding
 from .data.packing import Batch
@@ -100,8 +101,8 @@ def base_config(folder: Path, sequence_length: int) -> PretrainedConfig:
     try:
         return _config(found)
     except Exception as error:  # transformers checks with many kinds of errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelFileError(f"config.json in {str(folder)!r} is wrong: {reason}", "get the checkpoint again") from None
+        what = f"config.json in {str(folder)!r} is wrong: {first_line(error)}"
+        raise ModelFileError(what, "get the checkpoint again") from None
 
 
 def shape_config(shape: ModelShape, vocabulary_size: int) -> PretrainedConfig:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from koala_local.models.card import UNSTATED
+from koala_local.wording import duration
 
 from .data.corpus import Manifest
 from .data.packing import PackPlan
@@ -136,7 +137,7 @@ def _training(run: Training) -> str:
     where = f"{run.ranks} x {_plain(run.gpu)}" if run.gpu else f"{run.ranks} processor rank{'s'[: run.ranks > 1]}"
     seconds = sum(step["tokens"] / step["tokens_per_s"] for step in steps if step["tokens_per_s"])
     lines = [
-        f"- {len(steps):,} steps, {tokens:,} tokens, on {where}; {_duration(seconds)} in steps.",
+        f"- {len(steps):,} steps, {tokens:,} tokens, on {where}; {duration(seconds)} in steps.",
         f"- `koala {run.version}` with the settings below. Documents of a row do not see each other.",
     ]
     settings = {key: value for key, value in as_tree(run.settings).items() if value not in (None, {})}
@@ -193,10 +194,6 @@ def _mean(steps: Sequence[Mapping[str, Any]]) -> float:
 
 def _shown(perplexity: float | None) -> str:
     return "-" if perplexity is None else f"{perplexity:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
 
 
 def _quoted(sample: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from koala_local.errors import OutOfMemoryError
+from koala_local.wording import duration, size
 
 from .memory import Device, Memory, memory_of
 from .settings import LoraSettings, Settings
@@ -141,7 +142,7 @@ class Plan:
 
     def _memory_lines(self) -> list[str]:
         of = f"each of {self.machine.gpus} GPUs" if self.machine.gpus else "the process"
-        parts = [f"  {name:<16}{_gb(size):>9}" for name, size in self.memory.parts().items()]
+        parts = [f"  {name:<16}{_gb(count):>9}" for name, count in self.memory.parts().items()]
         note = "" if self.memory.accumulates else " (gradients come as activations go: the larger counts)"
         lines = [f"memory of {of}", *parts, f"  {'peak':<16}{_gb(self.memory.peak):>9}{note}"]
         return lines + [line for verdict in self.verdicts for line in verdict.lines(self.memory.peak)]
@@ -152,12 +153,12 @@ class Plan:
 
     def _published_lines(self) -> list[str]:
         """Koala's own hours, beside those of a model of its sizes."""
-        size = {6_738_415_616: "7B", 13_015_864_320: "13B"}.get(self.numbers.parameters)
-        if size is None or self.settings.lora:
+        name = {6_738_415_616: "7B", 13_015_864_320: "13B"}.get(self.numbers.parameters)
+        if name is None or self.settings.lora:
             return []
         here = cost_on(A100, self.numbers, self.settings, self.work, 8)
         there = _PUBLISHED_HOURS * 3600 * tokens_per_second(A100.peak, A100.utilization, _dense(self)) * 8
-        published = f"Koala-{size}: {_PUBLISHED_HOURS:.0f} h on 8 A100, at 50% MFU {there / 1e6:.0f}M tokens"
+        published = f"Koala-{name}: {_PUBLISHED_HOURS:.0f} h on 8 A100, at 50% MFU {there / 1e6:.0f}M tokens"
         ours = f"this corpus likewise: {here.hours:.1f} h, {self.work.tokens / 1e6:.1f}M tokens"
         return [f"published       {published}; {ours}"]
 
@@ -166,7 +167,7 @@ def plan_run(numbers: Numbers, settings: Settings, work: Work, machine: Machine)
     """The plan of a run."""
     memory = memory_of(numbers, settings, gpus=machine.gpus, device=machine.device)
     kinds = {"": machine.memory} if machine.memory is not None else {gpu.name: gpu.memory for gpu in GPUS}
-    verdicts = tuple(_verdict(numbers, settings, machine, memory.peak, kind, size) for kind, size in kinds.items())
+    verdicts = tuple(_verdict(numbers, settings, machine, memory.peak, kind, room) for kind, room in kinds.items())
     costs = tuple(cost_on(gpu, numbers, settings, work, max(machine.gpus, 1)) for gpu in GPUS)
     flops = work_of(numbers, settings) * work.rows * settings.sequence_length
     return Plan(numbers, settings, machine, work, memory, flops, costs, verdicts)
@@ -268,17 +269,13 @@ def _cost_line(cost: Cost) -> str:
     room = f"  (needs {_gb(cost.memory.peak)} each, has {_gb(cost.gpu.memory)})" if short else ""
     return (
         f"  {cost.gpus} x {cost.gpu.name:<5} {cost.utilization:.0%} MFU {cost.tokens_per_second:>9,.0f} tokens/s "
-        f"{_hours(cost.hours):>8}  ${_money(on_demand)} / ${_money(preemptible)} "
+        f"{duration(3600 * cost.hours):>8}  ${_money(on_demand)} / ${_money(preemptible)} "
         f"at ${cost.gpu.on_demand:.2f} / ${cost.gpu.preemptible:.2f}{room}"
     )
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+def _gb(count: float) -> str:
+    return size(count, 1)
 
 
 def _money(dollars: float) -> str:

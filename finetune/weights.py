@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from koala_local.errors import ModelFileError
 from koala_local.models.json_file import member, read_object
+from koala_local.wording import first_line
 
 from .dropout import seed_of
 from .sharding import plain_name
@@ -66,7 +67,8 @@ class StoredWeights:
         try:
             tensor = file.part(name, rows)
         except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-            raise ModelFileError(f"{file.path.name}: {name} cannot be read: {_first_line(error)}", _DAMAGED) from None
+            what = f"{file.path.name}: {name} cannot be read: {first_line(error, _SHOWN)}"
+            raise ModelFileError(what, _DAMAGED) from None
         if not tensor.is_floating_point():
             what = f"{file.path.name}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}"
             raise ModelFileError(what, "a quantized checkpoint cannot be trained: give the one it was made from")
@@ -194,7 +196,7 @@ def _open(path: Path) -> OpenFile:
     except pickle.UnpicklingError:  # torch's words advise to run it
         raise ModelFileError(f"{path.name} cannot be read: it holds more than tensors", _DAMAGED) from None
     except Exception as error:  # torch and safetensors raise many kinds for files that are damaged
-        raise ModelFileError(f"{path.name} cannot be read: {_first_line(error)}", _DAMAGED) from None
+        raise ModelFileError(f"{path.name} cannot be read: {first_line(error, _SHOWN)}", _DAMAGED) from None
 
 
 def _opened(path: Path) -> OpenFile:
@@ -225,7 +227,3 @@ def _compare(folder: Path, wanted: dict[str, tuple[int, ...]], found: dict[str, 
 
 def _shown(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN]

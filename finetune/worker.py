@@ -21,6 +21,7 @@ from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from koala_local.errors import KoalaError, OutOfMemoryError
+from koala_local.wording import first_of
 
 from .checkpoint import Checkpoints, Saved, latest
 from .data.corpus import Corpus, open_corpus
@@ -127,8 +128,7 @@ def _origin(plan: PackPlan, rows: Sequence[int] | NDArray[np.int64]) -> str:
     """Where rows come from, in words that lead there."""
     pieces = [plan.contents[plan.offsets[row] : plan.offsets[row + 1]] for row in rows]
     dialogues = np.unique(plan.pieces.document[np.concatenate(pieces)]).tolist() if pieces else []
-    more = f" and {len(dialogues) - _SHOWN} more" if dialogues[_SHOWN:] else ""
-    shown = ", ".join(map(str, dialogues[:_SHOWN])) + more
+    shown = first_of([str(each) for each in dialogues], _SHOWN)
     where = f"koala data inspect {plan.corpus.folder} --index N"
     return f"row {', '.join(map(str, rows))} of the plan, dialogues {shown} of the corpus ({where} shows them)"
 

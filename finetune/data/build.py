@@ -19,6 +19,7 @@ from typing import Any
 
 from koala_local.disk import FULL, lock, remove_leftovers
 from koala_local.errors import KoalaError
+from koala_local.wording import size
 
 from .contamination import TestQuery, find_sets, read_set
 from .corpus import Corpus, open_corpus
@@ -207,7 +208,7 @@ def _check_space(out: Path, paths: Sequence[Path]) -> None:
     needed = _DISK * sum(path.stat().st_size * _PACKED.get(path.suffix, 1) for path in paths)
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        what = f"{str(out.parent)!r} has {free / 1e9:.1f} GB free; the corpus takes about {needed / 1e9:.1f} GB"
+        what = f"{str(out.parent)!r} has {size(free, 1)} free; the corpus takes about {size(needed, 1)}"
         raise BuildError(what, "free some, or name another place with -o")
 
 

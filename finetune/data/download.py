@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from koala_local.errors import KoalaError
+from koala_local.wording import first_line
 
 from .raw_files import PACKED, SUFFIXES, unpacked_name
 from .sources import IDENTITY, Source
@@ -133,7 +134,7 @@ def _fetch_file(
     except (errors.EntryNotFoundError, errors.RevisionNotFoundError):
         return None
     except OSError as error:  # the hub's HTTP errors are of this kind, too
-        what = f"{source.repository} cannot be fetched: {str(error).strip().splitlines()[0][:200] or 'no answer'}"
+        what = f"{source.repository} cannot be fetched: {first_line(error)}"
         raise DownloadError(what, f"try again, or {_by_hand(source)}") from None
     return Path(found)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from koala_local.errors import KoalaError
+from koala_local.wording import first_line
 
 LONGEST = 16 << 20  # bytes of one row as JSON
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -215,7 +216,7 @@ def _table(file: _Bounded, label: str) -> Iterator[Row | Skipped]:
                     yield _table_row(f"{label}[{number + offset}]", batch, offset)
                 number += batch.num_rows
         except (pa.ArrowException, OSError, ValueError) as error:
-            what = f"{str(file.path)!r} cannot be read as Parquet: {str(error).splitlines()[0][:200]}"
+            what = f"{str(file.path)!r} cannot be read as Parquet: {first_line(error)}"
             raise RawFileError(what, _DAMAGED) from None
 
 

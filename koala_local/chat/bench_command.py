@@ -97,7 +97,8 @@ def _as_json(
 
 def _page(loaded: LoadedModel, speeds: list[Speed], turns: list[TurnTime], resume: Resume | None, peak: int) -> str:
     from koala_local.engine.text_stream import one_line
-    from koala_local.models.page import columns, size
+    from koala_local.models.page import columns
+    from koala_local.wording import size
 
     parts = [console.folded(f"{one_line(loaded.name)}: {loaded.engine.placed}, context {loaded.engine.context_size}")]
     if speeds:

@@ -13,7 +13,8 @@ import click
 
 from koala_local import console
 from koala_local.errors import KoalaError, ModelFileError
-from koala_local.models.page import columns, size
+from koala_local.models.page import columns
+from koala_local.wording import size
 
 if TYPE_CHECKING:
     from koala_local.models.pull import Offer

@@ -22,7 +22,7 @@ from koala_local.disk import nearest
 from koala_local.errors import KoalaError
 from koala_local.models import devices
 from koala_local.models.devices import Gpu
-from koala_local.models.page import homeless, size
+from koala_local.wording import size
 
 _PACKAGES = ("llama-cpp-python", "huggingface-hub", "numpy", "torch", "transformers")
 _BACKENDS = {"nvidia": ("CUDA", "cuda"), "amd": ("ROCm", "hip"), "apple": ("Metal", "metal")}
@@ -238,6 +238,12 @@ def _folder(path: Path) -> Folder:
         with tempfile.TemporaryFile(dir=there):
             writable = True
     return Folder(homeless(str(path)), free, writable)
+
+
+def homeless(text: str) -> str:
+    """`text` without the user's name: the home folder in it is written as ~."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _hub_cache() -> Path:

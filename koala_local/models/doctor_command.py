@@ -31,7 +31,8 @@ def doctor(as_json: bool) -> int:
 
 
 def _page(report: Report) -> str:
-    from koala_local.models.page import section, size
+    from koala_local.models.page import section
+    from koala_local.wording import size
 
     gpus = [(gpu.name, f"{gpu.description}, {size(gpu.free)} of {size(gpu.total)} free") for gpu in report.gpus]
     machine = [
@@ -62,6 +63,6 @@ def _page(report: Report) -> str:
 
 
 def _memory(available: int | None, total: int | None) -> str:
-    from koala_local.models.page import size
+    from koala_local.wording import size
 
     return "unknown" if available is None or total is None else f"{size(available)} of {size(total)} free"

@@ -31,10 +31,10 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore
 from koala_local.disk import nearest, replacing, write_whole
 from koala_local.models import cache
 from koala_local.models.configuration import quantization_method
-from koala_local.models.page import size
 from koala_local.models.reference import HubReference, is_commit, is_oid, is_safe_name
 from koala_local.models.transfer import HubError, Progress, Source, bytes_kept, fetch
 from koala_local.models.variants import File
+from koala_local.wording import size
 
 _LARGEST = 1 << 42  # bytes of a file that may be real
 _ODD = "what the hub says of it cannot be right; do not use this repository"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from koala_local.models.devices import Gpu, Machine
-from koala_local.models.page import size
 from koala_local.models.shape import Shape
+from koala_local.wording import size
 
 DEFAULT_CONTEXT = 4096  # beyond this a 13B model's KV cache outgrows a consumer card; --context asks for more
 _SHORTEST = 2048  # tokens of context that are not given up

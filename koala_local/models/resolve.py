@@ -13,6 +13,7 @@ from koala_local.errors import ModelFileError
 from koala_local.models import cache, catalog, store
 from koala_local.models import reference as references
 from koala_local.models.reference import HubReference
+from koala_local.wording import first_of
 
 BUNDLED = store.BUNDLED
 _SHOWN = 5  # names in a hint
@@ -135,5 +136,4 @@ def _refuse(reference: str, path: Path) -> NoReturn:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
+    return first_of([repr(name) for name in names], _SHOWN)

@@ -160,7 +160,7 @@ def _quantization(settings: Mapping[str, Any]) -> str | None:
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     """The plan in full: names and values."""
     from koala_local.models.memory import gpu_room
-    from koala_local.models.page import size
+    from koala_local.wording import size
 
     parts, choice, machine = plan.parts, plan.choice, plan.machine
     rows = [("context", f"{choice.context} tokens, KV cache {choice.kv_type}")]

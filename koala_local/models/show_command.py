@@ -42,8 +42,9 @@ def show(reference: str, context: int | None, as_json: bool) -> None:
 
 def _page(about: About) -> str:
     from koala_local.engine.text_stream import one_line
-    from koala_local.models.page import columns, section, size
+    from koala_local.models.page import columns, section
     from koala_local.models.show import plan_rows
+    from koala_local.wording import size
 
     types = [["  TYPE", "TENSORS", "WEIGHTS", "BYTES"]]
     for part in about.tensor_types:
@@ -61,7 +62,7 @@ def _page(about: About) -> str:
 
 
 def _facts(about: About) -> list[tuple[str, str]]:
-    from koala_local.models.page import short_number, size
+    from koala_local.wording import short_number, size
 
     shape = [
         (about.layers, "layers"),

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from koala_local.errors import ModelFileError
 from koala_local.models.quant_types import rank, type_in_name
+from koala_local.wording import first_of
 
 Fits = Callable[[int], bool | None]  # whether a model whose files have this size runs well here; None: not known
 
@@ -141,6 +142,4 @@ def _best(found: Sequence[Variant], fits: Fits) -> Variant:
 
 
 def listed(found: Sequence[Variant]) -> str:
-    names = [variant.choice for variant in found]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return first_of([variant.choice for variant in found], _SHOWN)

@@ -57,6 +57,8 @@ FINETUNE_MAY = ("finetune/*command.py", "finetune/data/tokens.py")  # a training
 RULES = [
     Rule(("koala_local.chat", "koala_local.dialogue"), where="engine/*"),
     Rule(("koala_local.chat",), where="models/*"),
+    Rule(("koala_local.console", "koala_local.models.page"), "models/*", ("models/*command.py", "models/page.py")),
+    Rule(("koala_local.console",), where="engine/*"),
     Rule(("torch", "transformers"), except_in=("engine/gptq*.py", "convert/*", "finetune/*")),
     Rule(("koala_local.engine", "koala_local.chat"), "convert/*", CONVERT_MAY),
     Rule(("koala_local.engine", "koala_local.chat", "koala_local.convert"), "finetune/*", FINETUNE_MAY),
@@ -140,6 +142,7 @@ def test_every_module_keeps_the_rules() -> None:
         ("engine/llama.py", "def late():\n    import koala_local.chat.ledger"),
         ("models/store.py", "from koala_local import chat"),
         ("models/store.py", "import torch"),
+        ("models/hub.py", "from koala_local.models.page import columns"),
         ("chat/ledger.py", "from transformers import AutoModel"),
         ("chat/ledger.py", "from rich.text import Text"),
         ("chat/ledger.py", "import click"),

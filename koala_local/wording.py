@@ -1,0 +1,35 @@
+"""Amounts, lists and errors in words, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def size(count: float, digits: int = 2) -> str:
+    """Bytes: GB with so many digits behind the point where that shows two that count, else MB."""
+    if count >= 10.0 ** (10 - digits):
+        return f"{count / 1e9:.{digits}f} GB"
+    return f"{count / 1e6:.{digits - 1}f} MB"
+
+
+def short_number(count: float) -> str:
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Hours or minutes."""
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """The first ones with commas between, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def first_line(error: BaseException, length: int = 200) -> str:
+    """The beginning of what a library's error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]

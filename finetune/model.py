@@ -126,23 +126,11 @@ def shape_config(shape: ModelShape, vocabulary_size: int) -> PretrainedConfig:
 
 def _config(found: ModelConfig) -> PretrainedConfig:
     """transformers'. The ids of special tokens are not in it: `export` writes the tokenizer's."""
-    values: dict[str, Any] = {
+    values = {
+        **found.transformers_words(),
         "architectures": [found.architecture],
-        "vocab_size": found.vocabulary_size,
-        "hidden_size": found.hidden_size,
-        "intermediate_size": found.feed_forward_size,
-        "num_hidden_layers": found.layers,
-        "num_attention_heads": found.heads,
-        "num_key_value_heads": found.kv_heads,
-        "head_dim": found.head_size,
-        "max_position_embeddings": found.context,
-        "tie_word_embeddings": found.tied_embeddings,
-        "rms_norm_eps": found.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", **found.rope_scaling, "rope_theta": found.rope_base},
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
-    if found.architecture == "MistralForCausalLM":
-        values["sliding_window"] = found.sliding_window
     return _FAMILIES[found.architecture][0](**values)
 
 

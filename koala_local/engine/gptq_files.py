@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from koala_local.engine.gptq_layout import BITS, Layout
 from koala_local.errors import DAMAGED, ModelFileError
-from koala_local.models.configuration import ModelConfig, Settings, read_configuration
+from koala_local.models.configuration import ModelConfig, read_configuration, read_quantization
 from koala_local.models.json_file import member, read_optional
 
 _LARGEST = 1 << 31
@@ -31,16 +31,13 @@ def read_model_settings(folder: Path) -> ModelConfig:
 
 def read_layout(folder: Path) -> Layout:
     """From config.json's quantization_config, or the quantize_config.json of 2023. Raises ModelFileError."""
-    where = "config.json's quantization_config"
-    found = Settings(read_optional(folder / "config.json"), "config.json").mapping("quantization_config")
-    if not found:
-        where, found = "quantize_config.json", read_optional(folder / "quantize_config.json")
+    values = read_quantization(folder)
+    found = values.values
     if not found:
         raise ModelFileError(
             f"{str(folder)!r} says nowhere how it is quantized",
             "a GPTQ model has a quantize_config.json, or a quantization_config in config.json",
         )
-    values = Settings(found, where)
     for key, known in (("quant_method", ("gptq",)), ("checkpoint_format", ("gptq",))):
         if found.get(key, known[0]) not in known:
             raise values.fail(key)

@@ -63,25 +63,11 @@ def build_model(
 
 
 def _skeleton(settings: ModelConfig) -> Any:
-    common: dict[str, Any] = {
-        "vocab_size": settings.vocabulary_size,
-        "hidden_size": settings.hidden_size,
-        "intermediate_size": settings.feed_forward_size,
-        "num_hidden_layers": settings.layers,
-        "num_attention_heads": settings.heads,
-        "num_key_value_heads": settings.kv_heads,
-        "head_dim": settings.head_size,
-        "max_position_embeddings": settings.context,
-        "rms_norm_eps": settings.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", **settings.rope_scaling, "rope_theta": settings.rope_base},
-        "tie_word_embeddings": settings.tied_embeddings,
-        "attn_implementation": "sdpa",
-        "pad_token_id": None,
-    }
+    words = {**settings.transformers_words(), "attn_implementation": "sdpa", "pad_token_id": None}
     try:
         if settings.architecture == "MistralForCausalLM":
-            return MistralForCausalLM(MistralConfig(**common, sliding_window=settings.sliding_window))
-        return LlamaForCausalLM(LlamaConfig(**common))
+            return MistralForCausalLM(MistralConfig(**words))
+        return LlamaForCausalLM(LlamaConfig(**words))
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"transformers refuses config.json: {str(error)[:200]}", "mend the file") from None
 

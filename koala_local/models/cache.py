@@ -64,7 +64,7 @@ def variants_in(snapshot: Path) -> list[Variant]:
 def method_of(folder: Path) -> str:
     """Of the folder's quantization; "" where there is none, or it cannot be read."""
     try:
-        return quantization_method(read_quantization(folder))
+        return quantization_method(read_quantization(folder).values)
     except KoalaError:
         return ""
 

@@ -59,6 +59,24 @@ class ModelConfig:
         ends = self.vocabulary_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.layers * layer + ends + self.hidden_size
 
+    def transformers_words(self) -> dict[str, Any]:
+        """The numbers as keywords of transformers' LlamaConfig or MistralConfig."""
+        mistral = self.architecture == "MistralForCausalLM"
+        return {
+            "vocab_size": self.vocabulary_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.feed_forward_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_size,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": self.norm_epsilon,
+            "rope_parameters": {"rope_type": "default", **self.rope_scaling, "rope_theta": self.rope_base},
+            "tie_word_embeddings": self.tied_embeddings,
+            **({"sliding_window": self.sliding_window} if mistral else {}),
+        }
+
 
 class Settings:
     """Values of an untrusted configuration, checked as they are asked for. All raise ModelFileError."""
@@ -143,11 +161,13 @@ def read_configuration(path: Path, *, quantized: bool = False) -> ModelConfig:
     )
 
 
-def read_quantization(folder: Path) -> dict[str, Any]:
+def read_quantization(folder: Path) -> Settings:
     """How the weights of a checkpoint's folder are quantized: what config.json says, or the quantize_config.json of
-    2023; {} where they are not. Raises ModelFileError."""
+    2023; without values where they are not. Raises ModelFileError."""
     found = Settings(read_optional(folder / "config.json"), "config.json").mapping("quantization_config")
-    return found or read_optional(folder / "quantize_config.json")
+    if found:
+        return Settings(found, "config.json's quantization_config")
+    return Settings(read_optional(folder / "quantize_config.json"), "quantize_config.json")
 
 
 def quantization_method(quantization: object) -> str:
@@ -178,7 +198,7 @@ def read_template(folder: Path) -> str | None:
 
 def refuse_unquantized(folder: Path) -> None:
     """Raise ModelFileError for a checkpoint that `koala quantize` reads and chat does not."""
-    if read_quantization(folder):
+    if read_quantization(folder).values:
         return
     read_configuration(folder / "config.json")  # another architecture has its own message
     what = f"{name_of(folder)} is an unquantized checkpoint; chat runs GGUF and GPTQ models"

@@ -121,7 +121,7 @@ def _describe_folder(folder: Path) -> About:
     from koala_local.models.configuration import read_configuration, read_quantization, read_template
     from koala_local.models.safetensors_header import read_folder
 
-    config, settings = read_configuration(folder / "config.json", quantized=True), read_quantization(folder)
+    config, settings = read_configuration(folder / "config.json", quantized=True), read_quantization(folder).values
     pickles = [] if list(folder.glob("*.safetensors")) else sorted(folder.glob("pytorch_model*.bin"))
     entries = [] if pickles else read_folder(folder)
     kv = 2 * config.layers * config.kv_heads * config.head_size * 4 * min(config.context, 4096)

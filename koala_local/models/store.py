@@ -192,7 +192,7 @@ def _file_details(model: Known) -> Details:
 def _folder_details(model: Known) -> Details:
     from koala_local.models.configuration import read_configuration, read_quantization
 
-    bits = read_quantization(model.path).get("bits")
+    bits = read_quantization(model.path).values.get("bits")
     context = read_configuration(model.path / "config.json", quantized=True).context
     return Details(f"GPTQ {bits} bits" if type(bits) is int else model.type, context)
 

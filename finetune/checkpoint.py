@@ -80,7 +80,7 @@ class Checkpoints:
         self.newest = step
         final = self.folder / f"step-{step:08}"
         partial = final.with_name(f"{final.name}.partial")
-        if _is_writer():
+        if is_writer():
             self._begin(partial)
         self._barrier()
         written = async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None)
@@ -110,14 +110,14 @@ class Checkpoints:
         """Wait for all ranks' files; then, on rank 0, describe them, give the folder its name and drop old ones."""
         try:
             written.result()
-            if _is_writer():
+            if is_writer():
                 _describe(partial, about)
                 partial.rename(final)
                 sync(self.folder)
                 for old in complete(self.folder)[: -self.keep]:
                     shutil.rmtree(old)
         except (CheckpointException, OSError, RuntimeError) as error:
-            if _is_writer():
+            if is_writer():
                 shutil.rmtree(partial, ignore_errors=True)
             raise _write_error(final, error, self.folder) from None
 
@@ -237,5 +237,6 @@ def _reason(error: BaseException) -> str:
     return best.strerror if isinstance(best, OSError) and best.strerror else first_line(best)
 
 
-def _is_writer() -> bool:
+def is_writer() -> bool:
+    """Whether this rank writes what one writes for all."""
     return not dist.is_initialized() or dist.get_rank() == 0

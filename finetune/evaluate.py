@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -132,18 +132,13 @@ def _loss(trainee: Trainee, plan: PackPlan, *, micro_batch: int, rank: Rank, dev
     for turn in range(-(-len(starts) // rank.world_size)):
         start = (turn * rank.world_size + rank.number) * micro_batch
         rows = range(start, min(start + micro_batch, plan.rows))
-        batch = plan.batch(rows) if rows else _nothing(plan.batch([0]))
+        batch = plan.batch(rows) if rows else plan.batch([0]).without_targets()
         total += trainee(inputs_of(batch, device)).double()
         tokens += int(np.count_nonzero(batch.weights))
     both = torch.stack([total, torch.tensor(float(tokens), dtype=torch.float64, device=device)])
     if rank.world_size > 1:
         dist.all_reduce(both)
     return HeldOutLoss(float(both[0]), int(both[1]))
-
-
-def _nothing(batch: Batch) -> Batch:
-    """The batch without targets."""
-    return replace(batch, weights=np.zeros_like(batch.weights), documents=np.full_like(batch.documents, -1))
 
 
 def _samples(

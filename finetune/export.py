@@ -32,6 +32,8 @@ from koala_local.errors import KoalaError
 from koala_local.models.json_file import parse_object
 from koala_local.wording import size
 
+from .checkpoint import is_writer
+from .model import torch_dtype
 from .sharding import plain_name
 from .throughput import Numbers
 
@@ -82,17 +84,17 @@ def export(
     Raises KoalaError when `out` holds a checkpoint, when it cannot be written, for want of space for one, and for a
     weight that is not finite in `dtype`; nothing is left then."""
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
-    size = Numbers.of(config).parameters * _torch_dtype(dtype).itemsize
+    size = Numbers.of(config).parameters * torch_dtype(dtype).itemsize
     _on_writer(lambda: _begin(out, partial, size))
     shards = _Shards(partial, shard_bytes)
     try:
         pairs = weights.items() if isinstance(weights, Mapping) else weights
         told = (lambda: progress(shards.total, size)) if progress else None
-        failure = _write_weights(pairs, shards, _torch_dtype(dtype), told)
+        failure = _write_weights(pairs, shards, torch_dtype(dtype), told)
         files = _small_files(tokenizer, configuration(config, ids, dtype))
         _on_writer(lambda: _finish(shards, out, {**files, **extra_files}), failure)
     except BaseException:
-        if _is_writer():
+        if is_writer():
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -171,7 +173,7 @@ def _write_weights(
             whole = weight.detach()
             if isinstance(whole, DTensor):
                 whole = whole.full_tensor()
-            if failure is None and _is_writer():
+            if failure is None and is_writer():
                 failure = _failure_of(functools.partial(shards.add, name, whole.to("cpu", dtype).contiguous()))
             if told:
                 told()
@@ -238,18 +240,9 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _torch_dtype(name: Dtype) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _is_writer() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def _on_writer(work: Callable[[], None], failure: Exception | None = None) -> None:
     """Do it on rank 0, unless there was a `failure` before. Raises what went wrong as a KoalaError, on all ranks."""
-    if _is_writer() and failure is None:
+    if is_writer() and failure is None:
         failure = _failure_of(work)
     told = [_explained(failure) if failure else None]
     if dist.is_initialized():

@@ -8,8 +8,6 @@ from typing import Any
 
 from koala_local.models.devices import ram
 
-from .data.corpus import open_corpus
-from .data.packing import make_plan
 from .data.tokens import DialogueTokenizer
 from .job import Job
 from .launch import Place, current_rank, gpus_here
@@ -26,11 +24,7 @@ def read_tokenizer(base: Path | None, place: Path, settings: Settings) -> Dialog
 
 def forecast(job: Job, place: Place) -> Plan:
     """The plan of the job. Raises KoalaError for data that cannot be packed, or was made for another tokenizer."""
-    settings = job.settings
-    corpus = open_corpus(job.corpus, job.tokenizer.key)
-    packed = make_plan(
-        corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
-    )
+    settings, packed = job.settings, job.packed()
     if job.base:
         numbers = Numbers.of(_config(job.base, settings))
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from .data.corpus import open_corpus
+from .data.packing import PackPlan, make_plan
 from .data.tokens import DialogueTokenizer
 from .settings import Settings
 
@@ -21,3 +23,10 @@ class Job:
     gpus: int  # of each node; 0: the processor
     resume: bool = False
     price: float | None = None  # dollars an hour of all GPUs
+
+    def packed(self) -> PackPlan:
+        """What is trained on. Raises KoalaError for data that cannot be packed, or was made for another tokenizer."""
+        corpus, settings = open_corpus(self.corpus, self.tokenizer.key), self.settings
+        return make_plan(
+            corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
+        )

@@ -1,6 +1,6 @@
 """Cross-entropy behind the head without its logits: some rows at a time, the gradients computed with the loss.
 
-Of the (tokens, vocabulary) logits only `_CHUNK` numbers exist at once. Rows of weight 0 should not be passed at all:
+Of the (tokens, vocabulary) logits only `LOGITS` numbers exist at once. Rows of weight 0 should not be passed at all:
 then a prompt costs nothing here. torch's own `linear_cross_entropy` rounds the sum to bfloat16 and is not used.
 """
 
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK = 1 << 25  # logits at a time; 128 MiB in float32
+from .memory import LOGITS
 
 
-def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, chunk: int = _CHUNK) -> Tensor:
+def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, chunk: int = LOGITS) -> Tensor:
     """sum(weights x cross-entropy of `hidden @ head.T` at `targets`), a scalar, float64 for float64 input, else
     float32. Shapes: (tokens, size), (vocabulary, size), (tokens,), (tokens,). No tokens: 0, and gradients of 0.
 

@@ -21,7 +21,7 @@ _EIGHT_BIT = 1 + 4 / 256  # bytes: a code, and a scale for each 256
 _NF4 = 0.5 + (1 + 4 / 256) / 64  # bytes: a code, and for each 64 a scale in 8 bits with scales of its own
 _CUDA_CONTEXT = 1.0e9  # of the driver, the kernels and NCCL
 _UNUSABLE: dict[Device, float] = {"cuda": 0.04, "cpu": 0.12}  # of what is held: pieces that the allocator keeps
-LOGITS = 1 << 25  # of a chunk of the loss
+LOGITS = 1 << 25  # that the loss makes at a time; 128 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)

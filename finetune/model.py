@@ -137,8 +137,8 @@ def _config(found: ModelConfig) -> PretrainedConfig:
 def compute_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """Of the products. "auto" is bfloat16 on CUDA; elsewhere the masters' own."""
     if settings.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else _dtype(settings.master_dtype)
-    return _dtype(settings.compute_dtype)
+        return torch.bfloat16 if device.type == "cuda" else torch_dtype(settings.master_dtype)
+    return torch_dtype(settings.compute_dtype)
 
 
 def build(
@@ -149,7 +149,7 @@ def build(
 
     `mesh` is one-dimensional, of all ranks. None is for one rank whose masters and compute have one type; one rank
     with two types takes a mesh of one. Raises ModelFileError for a wrong base, KoalaError for a missing library."""
-    compute, master = compute_dtype(settings, device), _dtype(settings.master_dtype)
+    compute, master = compute_dtype(settings, device), torch_dtype(settings.master_dtype)
     if mesh is None and compute != master:
         raise ValueError(f"computing in {compute} over masters in {master} takes a mesh")
     model = _empty(config, settings)
@@ -186,7 +186,7 @@ def _add_adapters(
     adapters.add_adapters(model, settings.lora)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(_dtype(settings.master_dtype))
+            parameter.data = parameter.data.to(torch_dtype(settings.master_dtype))
 
 
 def _wrap(trainee: Trainee, settings: Settings, mesh: DeviceMesh | None, compute: torch.dtype) -> None:
@@ -214,6 +214,7 @@ def _compute_rotation(model: Any, device: torch.device) -> None:
         rotary.register_buffer(name, values.to(device), persistent=False)
 
 
-def _dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """The type of that name, such as "bfloat16"."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -5,12 +5,10 @@ number of ranks, and wherever the run was resumed, a step is the same up to the 
 from __future__ import annotations
 
 import math
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from koala_local.errors import KoalaError
+from koala_local.models.devices import peak_memory
 
 from .checkpoint import Checkpoints, Saved, load
 from .data.packing import Batch
@@ -136,8 +135,7 @@ def _batch(run: Run, rows: NDArray[np.int64]) -> Batch:
     if len(rows):
         return run.plan.batch(rows, run.settings.loss_norm)
     some = run.plan.step_rows(run.done, run.settings.global_batch)[:1]
-    batch = run.plan.batch(some, run.settings.loss_norm)
-    return replace(batch, weights=np.zeros_like(batch.weights), documents=np.full_like(batch.documents, -1))
+    return run.plan.batch(some, run.settings.loss_norm).without_targets()
 
 
 def _count(run: Run, batches: Sequence[Batch]) -> tuple[float, int, int]:
@@ -243,5 +241,4 @@ def _is_due(step: int, every: int) -> bool:
 def _memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return peak_memory() / 1e9

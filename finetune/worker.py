@@ -24,15 +24,15 @@ from koala_local.errors import KoalaError, OutOfMemoryError
 from koala_local.wording import first_of
 
 from .checkpoint import Checkpoints, Saved, latest
-from .data.corpus import Corpus, open_corpus
-from .data.packing import PackPlan, make_plan
+from .data.corpus import Corpus
+from .data.packing import PackPlan
 from .data.tokens import DialogueTokenizer, check_matches
 from .evaluate import evaluate, held_out
 from .finish import finish
 from .job import Job
-from .launch import MEETING_FILE, Rank, current_rank
+from .launch import MEETING_FILE, Rank, current_rank, handled_signals
 from .live_views import TrainingView
-from .model import base_config, build, compute_dtype, shape_config
+from .model import base_config, build, compute_dtype, shape_config, torch_dtype
 from .optimizer import build_optimizer
 from .prepare import training
 from .run_log import RunLog
@@ -60,12 +60,7 @@ def work(job: Job) -> int:
 
 
 def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> int:
-    settings = job.settings
-    tokenizer = job.tokenizer
-    corpus = open_corpus(job.corpus, tokenizer.key)
-    plan = make_plan(
-        corpus, settings.sequence_length, epochs=settings.epochs, seed=settings.seed, weights=settings.weights
-    )
+    settings, tokenizer, plan = job.settings, job.tokenizer, job.packed()
     total = min(plan.steps(settings.global_batch), settings.max_steps or plan.steps(settings.global_batch))
     saved = latest(job.out / CHECKPOINTS) if job.resume else None
     base = fingerprint(job.base) if job.base else ""
@@ -87,7 +82,7 @@ def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> in
             stack.callback(log.close)
             view = stack.enter_context(TrainingView(total, run.done, job.price))
         run.tell = _teller(log, view)
-        run.evaluate = _evaluator(run, corpus, tokenizer, log, view)
+        run.evaluate = _evaluator(run, plan.corpus, tokenizer, log, view)
         stop = train(run)
     if stop:
         return 128 + stop
@@ -172,8 +167,7 @@ def check_resumable(saved: Saved, settings: Settings, plan_key: str, base: str =
 
 def _mesh(settings: Settings, rank: Rank, device: torch.device) -> DeviceMesh | None:
     """The ranks to shard over. One rank needs it only to compute in another type than that of the masters."""
-    master = getattr(torch, settings.master_dtype)
-    if rank.world_size == 1 and compute_dtype(settings, device) == master:
+    if rank.world_size == 1 and compute_dtype(settings, device) == torch_dtype(settings.master_dtype):
         return None
     return init_device_mesh(device.type, (rank.world_size,))
 
@@ -223,19 +217,14 @@ def _joined(job: Job) -> Iterator[tuple[Rank, torch.device]]:
 def _stops() -> Iterator[list[int]]:
     """The list of SIGINT and SIGTERM received. Only the first one of them is kept from ending the process."""
     received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
 
     def remember(number: int, _: FrameType | None) -> None:
         received.append(number)
-        for each in numbers:
+        for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
 
-    before = {number: signal.signal(number, remember) for number in numbers}
-    try:
+    with handled_signals(remember):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def check_shared(rank: Rank, out: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal
@@ -48,6 +48,10 @@ class Batch:
     def tokens(self) -> int:
         """Tokens that are no padding."""
         return int((self.documents >= 0).sum())
+
+    def without_targets(self) -> Batch:
+        """As many rows, all padding: for a rank that has none and must take part."""
+        return replace(self, weights=np.zeros_like(self.weights), documents=np.full_like(self.documents, -1))
 
 
 @dataclass(frozen=True, slots=True)

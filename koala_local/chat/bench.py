@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,12 +129,6 @@ def measure_resume(ledger: Ledger) -> Resume:
     started = time.perf_counter()
     ledger.cache.extend(ids)
     return Resume(len(ids), size, loading, time.perf_counter() - started)
-
-
-def peak_memory() -> int:
-    """The most bytes that this process has had in RAM."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass(frozen=True, slots=True)

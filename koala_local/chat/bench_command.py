@@ -38,6 +38,7 @@ def bench(model: str, prefill: list[int], decode: list[int], turns: int, context
     """
     from koala_local.chat import bench as measure
     from koala_local.chat.loader import LoadOptions, open_model
+    from koala_local.models.devices import peak_memory
 
     loaded = open_model(model, None, LoadOptions(context=context), console.note)
     try:
@@ -49,7 +50,7 @@ def bench(model: str, prefill: list[int], decode: list[int], turns: int, context
         if turns:
             times = measure.measure_turns(ledger, turns)
             resume = measure.measure_resume(ledger)
-        peak = measure.peak_memory()
+        peak = peak_memory()
     finally:
         loaded.engine.close()
     peer = _peer(loaded, prefill, decode)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import resource
 import subprocess
 import sys
 from contextlib import suppress
@@ -138,6 +139,12 @@ def ram(root: Path = Path("/")) -> tuple[int | None, int | None, int]:
                 available, swap = left, 0  # a container's limit is not widened by the machine's swap
         return total, available, swap
     return None, None, 0
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in RAM."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _container_limits(root: Path) -> list[tuple[int, int]]:

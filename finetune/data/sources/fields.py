@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from typing import Any, Literal
 
@@ -46,6 +46,17 @@ def texts(row: Any, key: str) -> list[str]:
     found = items(row, key)
     if not all(isinstance(each, str) for each in found):
         raise BadRow(f"{key!r} holds what is not text")
+    return found
+
+
+def read_messages(row: Any, key: str, role: str, said: str, roles: Mapping[str, Role]) -> list[Message]:
+    """The messages in the list under `key`; under these keys each has its role, one of `roles`, and its text."""
+    found: list[Message] = []
+    for message in items(row, key):
+        who = roles.get(text(message, role))
+        if who is None:
+            raise BadRow("an unknown role")
+        found.append((who, text(message, said)))
     return found
 
 

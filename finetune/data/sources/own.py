@@ -18,12 +18,10 @@ from koala_local.dialogue import Dialogue, Turn
 
 from ..examples import Content
 from . import alpaca, hh, sharegpt
-from .fields import Message, Role, has_keys, items, paired, text
+from .fields import Role, has_keys, items, paired, read_messages, text
 from .source import BadRow, Source
 
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-
-
 _Reader = Callable[[Any, Random], Sequence[Content]]
 
 
@@ -43,16 +41,6 @@ def _reader(row: Any) -> _Reader | None:
     return next((reader for fit, reader in _SCHEMAS if fit(row)), None)
 
 
-def _messages(row: Any) -> list[Message]:
-    found: list[Message] = []
-    for message in items(row, "messages"):
-        role = _ROLES.get(text(message, "role"))
-        if role is None:
-            raise BadRow("an unknown role")
-        found.append((role, text(message, "content")))
-    return found
-
-
 def _history(row: Any) -> list[Turn]:
     """The earlier exchanges of an Alpaca row that has some: [[instruction, output], ..]."""
     if row.get("history") is None:
@@ -66,7 +54,7 @@ def _history(row: Any) -> list[Turn]:
 
 
 _SCHEMAS: tuple[tuple[Callable[[Any], bool], _Reader], ...] = (
-    (has_keys("messages"), lambda row, _: [paired(_messages(row))]),
+    (has_keys("messages"), lambda row, _: [paired(read_messages(row, "messages", "role", "content", _ROLES))]),
     (sharegpt.SHAREGPT.fits, lambda row, _: [paired(sharegpt.messages(row))]),
     (alpaca.ALPACA.fits, lambda row, _: [Dialogue((*_history(row), alpaca.exchange(row)))]),
     (hh.HH.fits, hh.dialogues),

@@ -7,8 +7,8 @@ from typing import Any
 
 from koala_local.dialogue import Dialogue
 
-from .fields import Message, Role, has_keys, items, paired, text
-from .source import BadRow, Source
+from .fields import Message, Role, has_keys, paired, read_messages
+from .source import Source
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -23,13 +23,7 @@ _COPY_BUTTON = "\nCopy code\n"  # of the page's code blocks
 
 def messages(row: Any) -> list[Message]:
     """The messages of a row. Raises BadRow."""
-    found: list[Message] = []
-    for message in items(row, "conversations"):
-        role = _ROLES.get(text(message, "from"))
-        if role is None:
-            raise BadRow("an unknown role")
-        found.append((role, text(message, "value")))
-    return found
+    return read_messages(row, "conversations", "from", "value", _ROLES)
 
 
 def dialogues(row: Any, random: Random) -> list[Dialogue]:

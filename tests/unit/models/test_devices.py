@@ -53,6 +53,10 @@ def test_a_system_that_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert devices.ram(tmp_path) == (None, None, 0)
 
 
+def test_what_this_process_took_is_known() -> None:
+    assert devices.peak_memory() > 10 << 20
+
+
 def test_what_a_mac_says() -> None:
     text = (
         "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:   1000.\nPages active:  5.\n"

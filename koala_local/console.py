@@ -53,19 +53,19 @@ class UsageError(Exception):
         self.hint = hint
 
 
-def out(text: str, *, end: str = "\n") -> None:
+def out(text: str) -> None:
     """Write a result to stdout."""
-    _write(sys.stdout, text, end)
+    _write(sys.stdout, text)
 
 
 def json_line(content: object) -> None:
     """Write one line of JSON to stdout. In ASCII: nothing in it can act on a terminal, and nothing is lost."""
-    _write(sys.stdout, json.dumps(content, ensure_ascii=True), "\n")
+    _write(sys.stdout, json.dumps(content, ensure_ascii=True))
 
 
 def note(text: str) -> None:
     """Tell the user something that is no result, folded at words where the terminal is too narrow for a line."""
-    _write(sys.stderr, "\n".join(folded(line, stream=sys.stderr) for line in text.split("\n")), "\n")
+    _write(sys.stderr, "\n".join(folded(line, stream=sys.stderr) for line in text.split("\n")))
 
 
 def folded(text: str, first: str = "", rest: str = "", *, stream: IO[str] | None = None) -> str:
@@ -187,9 +187,9 @@ def _report_error(kind: str, message: str, hint: str) -> None:
         note(f"hint: {_one_line(hint)}")
 
 
-def _write(stream: IO[str] | None, text: str, end: str) -> None:
+def _write(stream: IO[str] | None, text: str) -> None:
     if stream is not None:  # None: it was closed before the program started
-        print(_plain(text), end=end, file=stream, flush=True)
+        print(_plain(text), file=stream, flush=True)
 
 
 def _plain(text: str) -> str:

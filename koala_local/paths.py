@@ -1,7 +1,6 @@
 """Where the program keeps its files: the platform's own folders, or all of them below KOALA_HOME.
 
     data_folder()    sessions.db, locks/ and kv/: what a user would miss
-    config_folder()  what a user writes
     cache_folder()   what can be fetched or computed again
 
 These functions only name folders. Whoever writes makes them, with `private_folder`: nobody else may look inside.
@@ -30,11 +29,6 @@ def data_folder() -> Path:
 def kv_folder() -> Path:
     """One saved KV cache per session."""
     return data_folder() / "kv"
-
-
-def config_folder() -> Path:
-    """Settings that a user writes."""
-    return _below_home("config") or platformdirs.user_config_path(_APP, appauthor=False)
 
 
 def cache_folder() -> Path:

@@ -90,13 +90,6 @@ class TestSets:
         return Match(self.queries[-number], bleu, text) if bleu > THRESHOLD else None
 
 
-def bleu4(candidate: str, reference: str) -> float:
-    """Sentence BLEU of runs of one to four words, unsmoothed, with the brevity penalty (Papineni et al., 2002)."""
-    left, right = _count(_words(candidate)), _count(_words(reference))
-    common = _common(left, right)
-    return _bleu(common, left.length, right.length)
-
-
 def _symmetric_bleu(left: _Counted, right: _Counted) -> float:
     """0.0 already where the lengths alone keep it below the threshold: it is never above the ratio of the lengths."""
     if min(left.length, right.length) <= THRESHOLD * max(left.length, right.length):
@@ -111,6 +104,7 @@ def _common(left: _Counted, right: _Counted) -> list[int]:
 
 
 def _bleu(common: Sequence[int], candidate: int, reference: int) -> float:
+    """Sentence BLEU of runs of one to four words, unsmoothed, with the brevity penalty (Papineni et al., 2002)."""
     if not all(common):
         return 0.0
     precisions = sum(math.log(count / (candidate - n)) for n, count in enumerate(common))

@@ -31,6 +31,7 @@ _CONFIG = {
     "clean_up_tokenization_spaces": False,
 }
 _PRINTABLE = "".join(map(chr, (*range(0x21, 0x7F), *range(0xC0, 0x100)))) + "‘’“”–—…€"
+_MOST, _SEED = 200_000, 42  # lines that are looked at, and what draws them
 _LONGEST_LINE = 4096  # bytes; longer ones are cut in parts: sentencepiece would leave them out
 
 
@@ -38,15 +39,15 @@ class NewTokenizerError(KoalaError):
     """A tokenizer that cannot be made of these texts."""
 
 
-def train_tokenizer(paths: Sequence[Path], size: int, out: Path, *, most: int = 200_000, seed: int = 42) -> int:
+def train_tokenizer(paths: Sequence[Path], size: int, out: Path) -> int:
     """Write the folder `out` with a tokenizer.model of `size` pieces and a tokenizer_config.json; return how many lines
-    it was made of: `most` of those of the files' dialogues and texts, drawn by the seed. The same files and numbers
+    it was made of: at most 200,000 of those of the files' dialogues and texts, drawn at random. The same files and size
     give the same bytes.
 
     Raises NewTokenizerError, and what reading the files raises."""
     if out.exists():
         raise NewTokenizerError(f"{str(out)!r} exists already", "give another name with -o")
-    lines = _sample(_lines(paths), most, seed)
+    lines = _sample(_lines(paths))
     if not lines:
         raise NewTokenizerError("the files hold no dialogue and no text", f"give {OWN.schema}")
     model = _train(lines, size)
@@ -71,13 +72,13 @@ def _parts(line: bytes) -> Iterator[str]:
         yield line[start : start + _LONGEST_LINE].decode(errors="ignore")
 
 
-def _sample(lines: Iterable[str], most: int, seed: int) -> list[str]:
-    """At most `most` of the lines, each with the same chance, in one pass."""
-    random, kept = Random(seed), []
+def _sample(lines: Iterable[str]) -> list[str]:
+    """At most `_MOST` of the lines, each with the same chance, in one pass."""
+    random, kept = Random(_SEED), []
     for number, line in enumerate(lines):
-        if number < most:
+        if number < _MOST:
             kept.append(line)
-        elif (place := random.randrange(number + 1)) < most:
+        elif (place := random.randrange(number + 1)) < _MOST:
             kept[place] = line
     return kept
 

@@ -32,15 +32,14 @@ _UNDECIDED = re.compile(r"[\s>#=_|:`~*+-]*|[\s>*+-]*\d{1,9}[.)]?\s*|\s*(?:```|~~
 class ReplyView:
     """Shows one reply as it comes; a context manager. The cursor stands at the start of a line before and after.
 
-    A terminal gets markdown. With `markdown=False`, on a dumb terminal or one without UTF-8, and where the console is
-    no terminal, the text is written at once and as it is. Everything passes the escape filter.
+    A terminal gets markdown. On a dumb terminal or one without UTF-8, and where the console is no terminal, the text is
+    written at once and as it is. Everything passes the escape filter.
     """
 
-    def __init__(self, console: Console, *, markdown: bool = True) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
         self._utf8 = console.encoding.startswith("utf")
-        fit = console.is_terminal and not console.is_dumb_terminal
-        self._markdown = markdown and fit and self._utf8
+        self._markdown = console.is_terminal and not console.is_dumb_terminal and self._utf8
         self._filter = EscapeFilter()
         self._at_line_start = True
         self._new: list[str] = []

@@ -52,8 +52,7 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and how a model is loaded. `gpu_layers` None: all, fewer when memory does not allow; `kv_type` "auto": f16,
-    but q8_0 before a layer leaves the GPU."""
+    """Where and how a model is loaded. `gpu_layers` None: all, fewer when memory does not allow."""
 
     context: int
     gpu_layers: int | None = None
@@ -99,7 +98,8 @@ class LlamaEngine:
         ll.llama_log_set(_keep_log, None)
         ll.llama_backend_init()
         self.name = path.stem
-        self.gpu_layers, self.kv_type, self._model, self._context = _load(path, placement)
+        self.kv_type = placement.kv_type
+        self.gpu_layers, self._model, self._context = _load(path, placement)
         self.placed = f"{self.gpu_layers} layers on the GPU" if self.gpu_layers else "all layers on the CPU"
         self._handles = [lambda: ll.llama_free(self._context), lambda: ll.llama_model_free(self._model)]
         self._vocab = ll.llama_model_get_vocab(self._model)
@@ -277,9 +277,8 @@ class LlamaEngine:
         raise KoalaError("no model is loaded", "/model FILE loads one") if name in _HANDLES else AttributeError(name)
 
 
-def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
-    """Load with as many layers on the GPU as memory allows: (layers, KV type, model, context)."""
-    kv_types = ["f16", "q8_0"] if placement.kv_type == "auto" else [placement.kv_type]
+def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
+    """Load with as many layers on the GPU as memory allows: (layers, model, context)."""
     for layers in _layer_choices(placement):
         _log_tail.clear()
         params = ll.llama_model_default_params()
@@ -288,10 +287,9 @@ def _load(path: Path, placement: Placement) -> tuple[int, str, Any, Any]:
             model = ll.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             continue
-        for kv_type in kv_types:
-            context = ll.llama_init_from_model(model, _context_params(placement, kv_type))
-            if context:
-                return min(layers, int(ll.llama_model_n_layer(model)) + 1), kv_type, model, context
+        context = ll.llama_init_from_model(model, _context_params(placement))
+        if context:
+            return min(layers, int(ll.llama_model_n_layer(model)) + 1), model, context
         ll.llama_model_free(model)
     reason = _log_tail[-1] if _log_tail else "llama.cpp gives no reason"
     if "alloc" in " ".join(_log_tail).lower() or "memory" in " ".join(_log_tail).lower():
@@ -332,18 +330,18 @@ def _layer_choices(placement: Placement) -> list[int]:
     return [999, 48, 32, 24, 16, 8, 0]
 
 
-def _context_params(placement: Placement, kv_type: str) -> Any:
+def _context_params(placement: Placement) -> Any:
     params = ll.llama_context_default_params()
     params.n_ctx = placement.context
     params.n_batch = params.n_ubatch = _BATCH
-    if _flash_attention(kv_type) == ll.LLAMA_FLASH_ATTN_TYPE_DISABLED:
+    if _flash_attention(placement.kv_type) == ll.LLAMA_FLASH_ATTN_TYPE_DISABLED:
         params.n_ubatch = _BATCH_PLAIN  # the scores of all heads take memory
     params.n_seq_max = SLOTS + 1
     params.n_outputs_max = _LOGIT_ROWS  # not fewer than slots; logits of a whole batch would take room on a GPU
     params.kv_unified = True  # copies share cells; without it a partial copy aborts the process
     params.n_threads = params.n_threads_batch = placement.threads or physical_cores()
-    params.type_k = params.type_v = KV_TYPES[kv_type]
-    params.flash_attn_type = _flash_attention(kv_type)
+    params.type_k = params.type_v = KV_TYPES[placement.kv_type]
+    params.flash_attn_type = _flash_attention(placement.kv_type)
     params.no_perf = True
     return params
 

@@ -15,7 +15,6 @@ def test_one_variable_moves_every_folder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("KOALA_HOME", str(tmp_path))
     assert paths.data_folder() == tmp_path / "data"
     assert paths.kv_folder() == tmp_path / "data" / "kv"
-    assert paths.config_folder() == tmp_path / "config"
     assert paths.cache_folder() == tmp_path / "cache"
     assert list(tmp_path.iterdir()) == []  # naming a folder makes none
 
@@ -35,7 +34,6 @@ def test_without_it_the_platform_decides(value: str | None, monkeypatch: pytest.
     else:
         monkeypatch.setenv("KOALA_HOME", value)
     assert paths.data_folder() == Path(platformdirs.user_data_dir("koala", appauthor=False))
-    assert paths.config_folder() == Path(platformdirs.user_config_dir("koala", appauthor=False))
     assert paths.cache_folder() == Path(platformdirs.user_cache_dir("koala", appauthor=False))
 
 

@@ -431,13 +431,6 @@ def test_plain_text_streams_as_it_is(options: dict[str, Any]) -> None:
     assert seen[:2] == [25, 125]
 
 
-def test_plain_where_markdown_is_not_wanted() -> None:
-    shown = Shown()
-    with ReplyView(shown.console, markdown=False) as view:
-        view.feed("# **a**\n")
-    assert shown.output == "# **a**\n"
-
-
 def test_a_terminal_without_utf8_gets_what_it_can_show() -> None:
     shown = Shown()
     raw = io.BytesIO()

@@ -60,7 +60,7 @@ def reported(path: Path, context: int, kv_type: str) -> Reports:
     """Load as the engine does."""
     reports = Reports()
     model = ll.llama_model_load_from_file(os.fsencode(path), ll.llama_model_default_params())
-    handle = ll.llama_init_from_model(model, llama._context_params(Placement(context), kv_type))
+    handle = ll.llama_init_from_model(model, llama._context_params(Placement(context, kv_type=kv_type)))
     assert handle
     ll.llama_free(handle)
     ll.llama_model_free(model)

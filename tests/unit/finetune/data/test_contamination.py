@@ -7,7 +7,7 @@ import string
 from random import Random
 
 import pytest
-from koala_local.finetune.data.contamination import THRESHOLD, TestQuery, TestSets, bleu4
+from koala_local.finetune.data.contamination import THRESHOLD, TestQuery, TestSets
 
 
 def slow_bleu(candidate: str, reference: str) -> float:
@@ -47,13 +47,9 @@ def random_queries(random: Random, count: int) -> list[str]:
     return [" ".join(random.choices(parts, [1] * 14 + [3, 3], k=random.randint(1, 15))) for _ in range(count)]
 
 
-def test_bleu_is_that_of_the_book() -> None:
-    random = Random(1)
-    left, right = random_queries(random, 400), random_queries(random, 400)
-    values = [bleu4(a, b) for a, b in zip(left, right, strict=True)]
-    assert values == pytest.approx([slow_bleu(a, b) for a, b in zip(left, right, strict=True)], abs=1e-12)
-    assert sum(value > 0 for value in values) > 10
-    assert bleu4("the cat sat on the mat", "The cat sat, on the mat!") == pytest.approx(1.0)
+def test_case_and_punctuation_do_not_count() -> None:
+    match = sets("the cat sat on the mat").worst("The cat sat, on the mat!")
+    assert match is not None and match.bleu == pytest.approx(1.0)
 
 
 def test_the_index_misses_nothing() -> None:
@@ -69,7 +65,7 @@ def test_the_index_misses_nothing() -> None:
         assert (match is not None) == (worst > THRESHOLD)
         if match is not None:
             caught += 1
-            assert match.bleu == pytest.approx(worst)
+            assert match.bleu == pytest.approx(worst, abs=1e-12)
             assert match.query.text in tests
     assert 50 < caught < 400
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import llama_cpp.llama_cpp as ll
 
+from koala_local.disk import write_whole
 from koala_local.engine.llama import physical_cores
 
 _HEAD = ("Measurement", "Koala", "Compared with", "Ratio", "Goal", "Met", "Notes")
@@ -46,7 +47,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """The rows as an aligned Markdown table."""
     lines = [_HEAD, *map(_cells, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    padded = [[cell.replace("|", "/").ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     padded.insert(1, ["-" * width for width in widths])
     return "".join(f"| {' | '.join(line)} |\n" for line in padded)
 
@@ -99,6 +100,4 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     results = [{**asdict(row), "ok": row.ok} for row in rows]
     content = json.dumps({"environment": facts, "rows": results}, indent=1, ensure_ascii=False)
     for name, data in (("results.md", text), ("results.json", f"{content}\n")):
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(data, encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_whole(folder / name, [data.encode()])

@@ -1,7 +1,8 @@
 """What is written reaches the disk, under its name there is all of it or none, and one process at a time writes it.
 
-A lock is flock's, on a file: it ends with the process that holds it, also by `kill -9`. A file system without locks
-grants every one: a second program is then not noticed, and nothing else is lost.
+A lock is flock's, on a file: it ends with the process that holds it, also by `kill -9`. What is written is not itself
+locked, since some network file systems then refuse to write it. A file system without locks grants every one: there
+two programs that write one file at once may spoil it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)  # what a disk, a limit or a quota that is full answers
 PRIVATE = 0o600  # the mode of a file for its owner's eyes
-_POLL_S = 0.02
+_POLL_S, _LONGEST_POLL_S = 0.02, 1.0  # between looks at a lock: twice as long each time
 
 
 def sync(path: Path) -> None:
@@ -44,22 +45,21 @@ def replacing(path: Path, *, seconds: float = 5.0, mode: int = 0o666) -> Iterato
     """An empty file beside `path` to write to. When the block ends it is flushed and takes the name `path`, under which
     there is the whole of it or what was there before; when the block raises it is removed.
 
-    It is called `.NAME.partial` and locked meanwhile. What a process that was killed left under that name is written
+    It is called `.NAME.partial`, and `.NAME.lock` is locked meanwhile. What a process that was killed left is written
     over by the next one, or goes with `remove_leftovers`. Raises OSError: BlockingIOError where another process still
     writes it after `seconds`."""
     temporary = path.with_name(f".{path.name}.partial")
-    with lock(temporary, seconds, mode) as alone:
+    with lock(_guard(temporary), seconds, mode) as alone:
         if not alone:
             raise BlockingIOError(errno.EWOULDBLOCK, "another program is writing it", str(path))
         try:
-            os.truncate(temporary, 0)
+            temporary.unlink(missing_ok=True)
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):  # while it is locked: the name can be nobody else's
-                temporary.unlink()
-            raise
+        finally:
+            _remove(temporary)
     with suppress(OSError):  # not every file system flushes a folder
         sync(path.parent)
 
@@ -67,18 +67,30 @@ def replacing(path: Path, *, seconds: float = 5.0, mode: int = 0o666) -> Iterato
 def remove_leftovers(folder: Path) -> None:
     """Delete what processes that were killed left of `replacing` in the folder. What cannot be deleted stays."""
     for path in folder.glob(".*.partial"):
-        with suppress(OSError), lock(path) as dead:
+        with suppress(OSError), lock(_guard(path)) as dead:
             if dead:
-                path.unlink()
+                _remove(path)
+
+
+def _guard(temporary: Path) -> Path:
+    return temporary.with_suffix(".lock")
+
+
+def _remove(temporary: Path) -> None:
+    """Away with it and with its lock, which must be held: so the names can be nobody else's."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
+        _guard(temporary).unlink(missing_ok=True)
 
 
 @contextmanager
 def lock(path: Path, seconds: float = 0.0, mode: int = 0o666) -> Iterator[bool]:
     """Lock the file `path`, as `try_lock` does, until the block ends. Yields whether it is locked: not where somebody
     else still held it after `seconds`. Raises OSError when the file cannot be made."""
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, _POLL_S
     while (descriptor := try_lock(path, mode)) is None and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_POLL_S)
     try:
         yield descriptor is not None
     finally:

@@ -13,7 +13,7 @@ import numpy as np
 
 from . import search, vectors
 from .search import HUGE, Scratch, largest, level, require, squares, weigh
-from .vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats, half_bits, inlined, row_of
+from .vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats, half_bits, inlined, larger, row_of
 
 WEIGHTS = 256  # of a super-block
 _BLOCK = 3 * WEIGHTS + 12 * 32  # where the packed bytes begin, in vectors
@@ -78,7 +78,7 @@ def _round_weights(s: Scratch, j: int, n: int, d: Floats, minimum: Floats, low: 
     most = floats(0)
     for i in range(n * j, n * j + n):
         scaled = (s.x[i] + minimum) / d
-        most = vectors.larger(absolute(scaled), most)
+        most = larger(absolute(scaled), most)
         s.levels[i] = level(scaled, low, high) - low
     require(s, search.small(most) & (absolute(d) > 0) & (absolute(d) < HUGE) & (absolute(minimum) < HUGE))
 
@@ -106,7 +106,7 @@ def _round_scales(s: Scratch, weighted: bool, numbers: Row, levels: Row, n: int,
         return half_bits(search.make_qp(s, numbers, s.sums, levels, n, nmax))
     top = floats(0)
     for j in range(n):
-        top = vectors.larger(numbers[j], top)
+        top = larger(numbers[j], top)
         require(s, (numbers[j] >= 0) & (numbers[j] < HUGE))
     inverse = choose(top > 0, nmax / top, 0)
     require(s, inverse < HUGE)
@@ -139,10 +139,8 @@ def q2_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
     """scales[16], of four bits each for scale and minimum, qs[64], d, dmin"""
     for s in _groups(x, importance, packed, irregular, scratch, 42):
         _search(s, importance is not None, 16, 3, -0.5, 15)
-        d, dmin = (
-            _round_scales(s, importance is not None, s.scales, s.ls, 16, 15),
-            _round_scales(s, importance is not None, s.minimums, s.lm, 16, 15),
-        )
+        d = _round_scales(s, importance is not None, s.scales, s.ls, 16, 15)
+        dmin = _round_scales(s, importance is not None, s.minimums, s.lm, 16, 15)
         for j in range(16):
             _put(s, j, as_ints(s.ls[j]) | as_ints(s.lm[j]) << 4)
             _round_weights(s, j, 16, vectors.from_half_bits(d) * s.ls[j], vectors.from_half_bits(dmin) * s.lm[j], 0, 3)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from koala_local import wording
 from koala_local.chat.conversation import Conversation
 from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel
@@ -46,21 +47,13 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Table:
 def describe(model: LoadedModel) -> str:
     """Size and type of a model in a few words, from its header."""
     if model.header is None:
-        size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
-        return f"GPTQ, {_short_number(size)}B"
+        return f"GPTQ, {wording.size(sum(file.stat().st_size for file in model.path.glob('*.safetensors')))}"
     parameters = sum(math.prod(tensor.shape) for tensor in model.header.tensors)
     types: Counter[str] = Counter()
     for tensor in model.header.tensors:
         types[tensor.type] += tensor.size
     kind = types.most_common(1)[0][0] if types else "no tensors"
-    return f"{_short_number(parameters)} parameters, mostly {kind}, {_short_number(model.header.file_size)}B"
-
-
-def _short_number(number: int) -> str:
-    for unit, letter in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}"
-    return str(number)
+    return f"{wording.short_number(parameters)} parameters, mostly {kind}, {wording.size(model.header.file_size)}"
 
 
 def model_table(model: LoadedModel) -> RenderableType:

@@ -165,7 +165,8 @@ def _on_cpu(shape: Shape, choice: Choice, machine: Machine) -> int:
 
 
 def _work(shape: Shape, choice: Choice, machine: Machine) -> int:
-    """What the CPU multiplies weights with, in 8 bits and a scale; without flash attention V with, in 16 bits."""
+    """What the CPU converts before it multiplies: activations, to 8 bits with scales, for weights; without flash
+    attention the scores, to 16 bits, for V, if these are more."""
     plain = _is_plain(shape, choice, machine)
     activations = (_PLAIN_TOKENS if plain else _TOKENS) * max(shape.feed_forward, shape.embedding) * 292 // 256
     return max(activations, _PLAIN_TOKENS * _heads(shape) * _cells(choice) * 2 if plain else 0)

@@ -109,7 +109,7 @@ class _Partial:
 
     def save(self) -> None:
         state = {"size": self.size, "part": self.part, "done": list(self.done)}
-        temporary = self.state.with_name(f"{self.state.name}.{os.getpid()}")
+        temporary = self.state.with_name(f"{self.state.name}.partial")
         with suppress(OSError):  # a full disk has its own error; without this note the download begins anew
             temporary.write_text(json.dumps(state))
             temporary.replace(self.state)

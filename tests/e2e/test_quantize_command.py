@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_before_its_result_is_verified_leaves_nothing_for_g
     arguments = [str(checkpoint), "-o", str(tmp_path / "x.gguf")]
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)
     assert result.returncode == -9, result.stderr.decode()
-    assert [path.name for path in tmp_path.iterdir()] == [".x.gguf.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.gguf.lock", ".x.gguf.partial"]
     assert quantize(tmp_path, checkpoint, "-o", tmp_path / "x.gguf", "--no-verify").returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.gguf", "x.json", "x.md"]
 

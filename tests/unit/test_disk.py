@@ -66,7 +66,7 @@ def test_what_fails_on_the_way_leaves_what_was_there(tmp_path: Path, error: Base
 def test_what_a_killed_writer_left_is_written_over_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "x"
     half_written(path)
-    assert names(tmp_path) == [".x.partial"]
+    assert names(tmp_path) == [".x.lock", ".x.partial"]
     with replacing(path) as temporary:
         assert temporary.read_bytes() == b""
         temporary.write_bytes(b"whole")
@@ -79,7 +79,7 @@ def test_leftovers_of_killed_writers_are_removed_those_of_living_ones_not(tmp_pa
     with replacing(tmp_path / "y") as temporary:
         temporary.write_bytes(b"whole")
         remove_leftovers(tmp_path)
-        assert names(tmp_path) == [".y.partial", "mine.partial"]
+        assert names(tmp_path) == [".y.lock", ".y.partial", "mine.partial"]
     assert names(tmp_path) == ["mine.partial", "y"]
 
 
@@ -97,9 +97,19 @@ def test_two_writers_take_turns(tmp_path: Path) -> None:
 def test_no_link_is_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"old")
     (tmp_path / ".x.partial").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic link"):
-        write_whole(tmp_path / "x", [b"new"])
+    write_whole(tmp_path / "x", [b"new"])
     assert (tmp_path / "precious").read_bytes() == b"old"
+    assert names(tmp_path) == ["precious", "x"] and not (tmp_path / "x").is_symlink()
+
+
+def test_a_library_that_replaces_the_file_itself_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with replacing(path) as temporary:
+        (tmp_path / "own").write_bytes(b"whole")
+        (tmp_path / "own").replace(temporary)
+        remove_leftovers(tmp_path)
+        assert temporary.exists()
+    assert path.read_bytes() == b"whole" and names(tmp_path) == ["x"]
 
 
 def test_the_nearest_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

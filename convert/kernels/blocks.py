@@ -6,7 +6,7 @@ anew on the grids that are left, and packs. `quantize_row_*_ref` and `quantize_r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,26 +31,34 @@ def _gather(source: Any, start: int, target: Row) -> None:
 
 
 @inlined
-def _groups(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any, size: int) -> Iterator[Scratch]:
-    """LANES super-blocks at a time; the last group may overlap the one before. What is put into `block` of each is
-    written to `packed`, `size` 16-bit words a super-block."""
+def _begin(x: Any, importance: Any, scratch: Any, first: int, size: int) -> Scratch:
+    """Fetch the group of super-blocks that starts with number `first`, or the last whole group. Each will have `size`
+    16-bit words."""
+    start = min(first * WEIGHTS, x.size - WEIGHTS * LANES)
     row, few = row_of(scratch), row_of(scratch) + 3 * WEIGHTS
-    block, words = row_of(scratch.view(np.int32)) + _BLOCK, scratch[_BLOCK * LANES :].view(np.int32)
-    for first in range(0, irregular.size, LANES):
-        start = min(first, irregular.size - LANES)
-        _gather(x, start * WEIGHTS, row)
-        if importance is not None:
-            _gather(importance, start * WEIGHTS % (importance.size - WEIGHTS * LANES), row + WEIGHTS)
-        words[: size * LANES] = 0
-        few[11 * 32] = 0
-        yield Scratch(
-            row, row + WEIGHTS, row + 2 * WEIGHTS, few, few + 32, few + 2 * 32, few + 3 * 32, few + 4 * 32,
-            few + 5 * 32, few + 6 * 32, few + 7 * 32, few + 8 * 32, few + 9 * 32, few + 10 * 32, few + 11 * 32, block,
-        )  # fmt: skip
-        for lane in range(LANES):
-            irregular[start + lane] = scratch[(_BLOCK - 32) * LANES + lane] != 0
-            for i in range(size):
-                packed[(start + lane) * size + i] = words[i * LANES + lane]
+    _gather(x, start, row)
+    if importance is not None:
+        _gather(importance, start % (importance.size - WEIGHTS * LANES), row + WEIGHTS)
+    block = row_of(scratch.view(np.int32)) + _BLOCK
+    for i in range(size):
+        block[i] = 0
+    few[11 * 32] = 0
+    return Scratch(
+        row, row + WEIGHTS, row + 2 * WEIGHTS, few, few + 32, few + 2 * 32, few + 3 * 32, few + 4 * 32, few + 5 * 32,
+        few + 6 * 32, few + 7 * 32, few + 8 * 32, few + 9 * 32, few + 10 * 32, few + 11 * 32, block,
+        importance is not None,
+    )  # fmt: skip
+
+
+@inlined
+def _end(scratch: Any, first: int, size: int, packed: Any, irregular: Any) -> None:
+    """Write the group."""
+    flags, words = scratch[(_BLOCK - 32) * LANES :], scratch[_BLOCK * LANES :].view(np.int32)
+    for lane in range(LANES):
+        block = min(first, irregular.size - LANES) + lane
+        irregular[block] = flags[lane] != 0
+        for i in range(size):
+            packed[block * size + i] = words[i * LANES + lane]
 
 
 @inlined
@@ -84,13 +92,13 @@ def _round_weights(s: Scratch, j: int, n: int, d: Floats, minimum: Floats, low: 
 
 
 @inlined
-def _search(s: Scratch, weighted: bool, n: int, nmax: int, rmin: float, nstep: int) -> None:
+def _search(s: Scratch, n: int, nmax: int, rmin: float, nstep: int) -> None:
     """Scale and minimum of every block of n weights."""
     sigma2 = (1 if n == 16 else 2) * squares(s.x, WEIGHTS) / WEIGHTS
     for j in range(WEIGHTS // n):
         x = s.x + n * j
-        if weighted:
-            weigh(s, True, j, n, sigma2)
+        if s.weighted:
+            weigh(s, j, n, sigma2)
             s.scales[j], s.minimums[j] = search.make_qkx(s, x, n, nmax, -0.9, 0.05, 36, False)
         else:
             average = floats(0) if n == 16 else vectors.square_root(squares(x, n) / n)
@@ -100,9 +108,9 @@ def _search(s: Scratch, weighted: bool, n: int, nmax: int, rmin: float, nstep: i
 
 
 @inlined
-def _round_scales(s: Scratch, weighted: bool, numbers: Row, levels: Row, n: int, nmax: int) -> Ints:
+def _round_scales(s: Scratch, numbers: Row, levels: Row, n: int, nmax: int) -> Ints:
     """Scales or minimums as integers up to nmax, and what one step stands for, in float16."""
-    if weighted:
+    if s.weighted:
         return half_bits(search.make_qp(s, numbers, s.sums, levels, n, nmax))
     top = floats(0)
     for j in range(n):
@@ -116,10 +124,10 @@ def _round_scales(s: Scratch, weighted: bool, numbers: Row, levels: Row, n: int,
 
 
 @inlined
-def _with_six_bits(s: Scratch, weighted: bool, nmax: int, rmin: float, nstep: int) -> None:
+def _with_six_bits(s: Scratch, nmax: int, rmin: float, nstep: int) -> None:
     """The levels, and at the head of the block d, dmin and scales[12]: those of eight blocks, and their minimums."""
-    _search(s, weighted, 32, nmax, rmin, nstep)
-    d, dmin = _round_scales(s, weighted, s.scales, s.ls, 8, 63), _round_scales(s, weighted, s.minimums, s.lm, 8, 63)
+    _search(s, 32, nmax, rmin, nstep)
+    d, dmin = _round_scales(s, s.scales, s.ls, 8, 63), _round_scales(s, s.minimums, s.lm, 8, 63)
     _put(s, 0, d)
     _put(s, 2, dmin)
     for j in range(4):
@@ -137,24 +145,26 @@ def _with_six_bits(s: Scratch, weighted: bool, nmax: int, rmin: float, nstep: in
 
 def q2_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """scales[16], of four bits each for scale and minimum, qs[64], d, dmin"""
-    for s in _groups(x, importance, packed, irregular, scratch, 42):
-        _search(s, importance is not None, 16, 3, -0.5, 15)
-        d = _round_scales(s, importance is not None, s.scales, s.ls, 16, 15)
-        dmin = _round_scales(s, importance is not None, s.minimums, s.lm, 16, 15)
+    for first in range(0, irregular.size, LANES):
+        s = _begin(x, importance, scratch, first, 42)
+        _search(s, 16, 3, -0.5, 15)
+        d, dmin = _round_scales(s, s.scales, s.ls, 16, 15), _round_scales(s, s.minimums, s.lm, 16, 15)
         for j in range(16):
             _put(s, j, as_ints(s.ls[j]) | as_ints(s.lm[j]) << 4)
             _round_weights(s, j, 16, vectors.from_half_bits(d) * s.ls[j], vectors.from_half_bits(dmin) * s.lm[j], 0, 3)
         _pack(s, 16, 0, 2, 32)
         _put(s, 80, d)
         _put(s, 82, dmin)
+        _end(scratch, first, 42, packed, irregular)
 
 
 def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """hmask[32], qs[64], scales[12], of six bits each, d"""
-    for s in _groups(x, importance, packed, irregular, scratch, 55):
+    for first in range(0, irregular.size, LANES):
+        s = _begin(x, importance, scratch, first, 55)
         sigma2 = 2 * squares(s.x, WEIGHTS) / WEIGHTS
         for j in range(16):
-            weigh(s, importance is not None, j, 16, sigma2)
+            weigh(s, j, 16, sigma2)
             if importance is not None:
                 s.scales[j] = search.make_qx(s, s.x + 16 * j, s.w, 16, 4)[0]
             else:
@@ -174,26 +184,32 @@ def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
         _pack(s, 0, 2, 1, 32)
         _pack(s, 32, 0, 2, 32)
         _put(s, 108, d)
+        _end(scratch, first, 55, packed, irregular)
 
 
 def q4_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qs[128]"""
-    for s in _groups(x, importance, packed, irregular, scratch, 72):
-        _with_six_bits(s, importance is not None, 15, -1.0, 20)
+    for first in range(0, irregular.size, LANES):
+        s = _begin(x, importance, scratch, first, 72)
+        _with_six_bits(s, 15, -1.0, 20)
         _pack(s, 16, 0, 4, 32)
+        _end(scratch, first, 72, packed, irregular)
 
 
 def q5_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qh[32], qs[128]"""
-    for s in _groups(x, importance, packed, irregular, scratch, 88):
-        _with_six_bits(s, importance is not None, 31, -0.5, 15)
+    for first in range(0, irregular.size, LANES):
+        s = _begin(x, importance, scratch, first, 88)
+        _with_six_bits(s, 31, -0.5, 15)
         _pack(s, 16, 4, 1, 32)
         _pack(s, 48, 0, 4, 32)
+        _end(scratch, first, 88, packed, irregular)
 
 
 def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """ql[128], qh[64], scales[16], of eight bits each, d"""
-    for s in _groups(x, importance, packed, irregular, scratch, 105):
+    for first in range(0, irregular.size, LANES):
+        s = _begin(x, importance, scratch, first, 105)
         for j in range(16):
             for i in range(16):
                 s.w[i] = s.importance[16 * j + i] if importance is not None else s.x[16 * j + i] * s.x[16 * j + i]
@@ -209,14 +225,16 @@ def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
         _pack(s, 0, 0, 4, 64)
         _pack(s, 128, 4, 2, 32)
         _put(s, 208, d)
+        _end(scratch, first, 105, packed, irregular)
 
 
 def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, scales_h, scales_l[4], of six bits each, qs[128]"""
-    for s in _groups(x, importance, packed, irregular, scratch, 68):
+    for first in range(0, irregular.size, LANES):
+        s = _begin(x, importance, scratch, first, 68)
         sigma2 = squares(s.x, WEIGHTS) * np.float32(2 / WEIGHTS)
         for j in range(8):
-            weigh(s, importance is not None, j, 32, sigma2)
+            weigh(s, j, 32, sigma2)
             s.scales[j] = search.make_iq4(s, s.x + 32 * j, 32, 7)
         d = -largest(s.scales, 8) / 32
         require(s, (absolute(d) > 0) & (absolute(d) < HUGE))
@@ -230,11 +248,13 @@ def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -
             s.block[1] = s.block[1] | bits >> 4 << (2 * j)
             _put(s, 4 + j // 2, (bits & 15) << (j % 2 * 4))
         _pack(s, 8, 0, 4, 16)
+        _end(scratch, first, 68, packed, irregular)
 
 
 def q8_0(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """eight blocks of d, qs[32], without a search"""
-    for s in _groups(x, None, packed, irregular, scratch, 136):
+    for first in range(0, irregular.size, LANES):
+        s = _begin(x, None, scratch, first, 136)
         for j in range(8):
             d = absolute(largest(s.x + 32 * j, 32)) / 127
             require(s, (d > 0) & (1 / d < HUGE))
@@ -243,6 +263,7 @@ def q8_0(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
                 scaled = s.x[32 * j + i] * (1 / d)
                 half = choose(scaled < 0, np.float32(-0.49999997), np.float32(0.49999997))
                 _put(s, 34 * j + 2 + i, as_ints(scaled + half) & 255)  # roundf
+        _end(scratch, first, 136, packed, irregular)
 
 
 KERNELS: dict[str, Callable[[Any, Any, Any, Any, Any], None]] = {

@@ -42,6 +42,7 @@ class Scratch(NamedTuple):
     below: Row
     irregular: Row  # one vector: not 0 where ggml has to do the work
     block: Row  # the packed bytes, two to a number
+    weighted: bool  # is there an importance matrix?
 
 
 @inlined
@@ -79,12 +80,12 @@ def squares(x: Row, n: int) -> Floats:
 
 
 @inlined
-def weigh(s: Scratch, weighted: bool, j: int, n: int, sigma2: Floats) -> None:
+def weigh(s: Scratch, j: int, n: int, sigma2: Floats) -> None:
     """What the weights of block j count, by the importance matrix if there is one, and the sum of it."""
     total = floats(0)
     for i in range(n):
         x = s.x[n * j + i]
-        s.w[i] = s.importance[n * j + i] * vectors.square_root(sigma2 + x * x) if weighted else x * x
+        s.w[i] = s.importance[n * j + i] * vectors.square_root(sigma2 + x * x) if s.weighted else x * x
         total = total + s.w[i]
     s.sums[j] = total
 

@@ -240,6 +240,15 @@ def test_threads_do_not_disturb_each_other() -> None:
     assert all((ours == ggml.pack(part, "Q4_K", None)).all() for ours, part in zip(packed, parts, strict=True))
 
 
+@PER_MODE
+def test_nothing_is_held_after_packing(type_: str, weighted: bool) -> None:
+    """A leak would keep the whole model."""
+    rows, importance = np.ones((64, COLUMNS), np.float32), importances() if weighted else None
+    before = sys.getrefcount(rows)
+    own(type_, weighted)(rows, type_, importance)
+    assert sys.getrefcount(rows) == before
+
+
 def test_nothing_is_fused() -> None:
     for type_ in choice.TYPES:
         own(type_, False)

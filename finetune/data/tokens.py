@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -169,29 +170,33 @@ class _Words:
 
     def __init__(self, tokenizer: GptqTokenizer) -> None:
         self.vocabulary, self._tokenizer = tokenizer.vocabulary, tokenizer
-        self._first: dict[str, list[int]] = {}  # ids of a word at the start of a text
-        self._inside: dict[str, list[int]] = {}
+        self._first = _Memory(tokenizer.tokenize)  # a word at the start of a text
+        self._inside = _Memory(self._tokenize_inside)
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
         """As `Engine.tokenize`."""
-        ids: list[int] = []
-        known = self._inside if continues else self._first
-        for word in _words(text):
-            ids += known.get(word) or self._learn(word, known)
-            known = self._inside
-        return ids
+        words = _words(text)
+        first = [] if continues or not words else self._first[words.pop(0)]
+        return [*first, *chain.from_iterable(map(self._inside.__getitem__, words))]
 
-    def _learn(self, word: str, known: dict[str, list[int]]) -> list[int]:
-        if known is self._first:
-            ids = self._tokenizer.tokenize(word)
-        elif self.vocabulary.adds_space and word[0] == " " != word:
-            ids = self._tokenizer.tokenize(word[1:])  # it puts the space there
-        else:
-            ids = self._tokenizer.tokenize(word, continues=True)
+    def _tokenize_inside(self, word: str) -> list[int]:
+        if self.vocabulary.adds_space and word[0] == " " != word:
+            return self._tokenizer.tokenize(word[1:])  # it puts the space there
+        return self._tokenizer.tokenize(word, continues=True)
+
+
+class _Memory(dict[str, list[int]]):
+    """The ids of words, found when they are asked for; long ones are not kept."""
+
+    def __init__(self, tokenize: Callable[[str], list[int]]) -> None:
+        self._tokenize = tokenize
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self._tokenize(word)
         if len(word) <= _LONGEST_WORD:
-            if len(known) >= _REMEMBERED:
-                known.clear()
-            known[word] = ids
+            if len(self) >= _REMEMBERED:
+                self.clear()
+            self[word] = ids
         return ids
 
 

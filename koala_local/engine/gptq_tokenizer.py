@@ -64,12 +64,13 @@ class GptqTokenizer:
         first = self._encode("x")
         adds_space = bool(first) and self.pieces[first[0]].startswith(b" ")
         self.vocabulary = _vocabulary(folder, size, expected, tokens, special, adds_space)
+        self._guard = self._encode(_GUARD)
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:
         """As `Engine.tokenize`."""
         text = text.encode("utf-8", "replace").decode()  # a lone surrogate is no text
         if continues and self.vocabulary.adds_space:
-            guard, ids = self._encode(_GUARD), self._encode(_GUARD + text)
+            guard, ids = self._guard, self._encode(_GUARD + text)
             return ids[len(guard) :] if ids[: len(guard)] == guard else self._encode(text)
         return self._encode(text)
 

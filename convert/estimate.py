@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from koala_local.models.configuration import ModelConfig
-from koala_local.wording import size
+from koala_local.wording import duration, size
 
 from .forward import LOGITS_BYTES, STATES_BYTES, Compute
 
@@ -29,7 +29,7 @@ class Estimate:
     def __str__(self) -> str:
         spilled = f", {size(self.disk)} of temporary file" if self.disk else ""
         return (
-            f"{self.tokens:,} tokens, about {_duration(self.seconds)}, "
+            f"{self.tokens:,} tokens, about {duration(self.seconds)}, "
             f"at most about {size(self.memory)} of memory{spilled}"
         )
 
@@ -73,9 +73,3 @@ def _flops_per_second(compute: Compute) -> float:
     start = time.perf_counter()
     sum(functional.linear(x, w) for _ in range(4)).sum().item()  # type: ignore[union-attr]
     return 4 * 2 * 256 * side * side / (time.perf_counter() - start)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -6,7 +6,6 @@ in Hugging Face's format (Vicuna's, for one) are added the same way: both are re
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import re
 import shutil
@@ -19,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from koala_local.disk import sync
+from koala_local import wording
+from koala_local.disk import FULL, nearest, sync
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.json_file import member
@@ -253,16 +253,17 @@ def _check_checksums(checksums: Mapping[Path, str], progress: Progress | None) -
 
 
 def _check_space(partial: Path, size: int) -> None:
-    place = next(folder for folder in partial.parents if folder.exists())
+    place = nearest(partial)
     free = shutil.disk_usage(place).free
     if free < size + _SPARE_BYTES:
-        what = f"the model takes {size / 1e9:.1f} GB, {str(place)!r} has {free / 1e9:.1f} GB left"
+        what = f"the model takes {wording.size(size)}, {str(place)!r} has {wording.size(free)} left"
         raise KoalaError(what, "free some space, or write to another disk")
 
 
 def _write_error(out: Path, error: OSError) -> KoalaError:
-    full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-    hint = "free some space, or write to another disk" if full else "check the folder and its permissions"
+    hint = (
+        "free some space, or write to another disk" if error.errno in FULL else "check the folder and its permissions"
+    )
     return KoalaError(f"{str(out)!r} cannot be written: {error.strerror or error}; nothing is left of it", hint)
 
 

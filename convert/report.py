@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from koala_local.models.configuration import ModelConfig
-from koala_local.wording import size
+from koala_local.wording import as_markdown, size
 
 from .verify import Comparison
 
@@ -86,8 +86,8 @@ class Report:
     def model_card(self) -> str:
         """Markdown. Names and notes come from files: what could act as markup in them is escaped."""
         parts = [
-            f"{self._metadata()}# {_plain(self.name)}, {_plain(self.kind)}",
-            f"Made by `koala quantize` from {_plain(self.source)}.",
+            f"{self._metadata()}# {as_markdown(self.name)}, {as_markdown(self.kind)}",
+            f"Made by `koala quantize` from {as_markdown(self.source)}.",
             self._figures(),
             self._quality(),
             self._memory(),
@@ -95,7 +95,7 @@ class Report:
             self._licence(),
         ]
         if self.notes:
-            parts.insert(5, "## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in self.notes))
+            parts.insert(5, "## Notes\n\n" + "\n".join(f"- {as_markdown(note)}" for note in self.notes))
         return "\n\n".join(parts) + "\n"
 
     def _metadata(self) -> str:
@@ -106,13 +106,13 @@ class Report:
 
     def _figures(self) -> str:
         rows = [
-            f"- Format: {self.format} {_plain(self.kind)}",
+            f"- Format: {self.format} {as_markdown(self.kind)}",
             f"- Weights: {self.parameters:,}, {self.bits_per_weight:.2f} bits each",
             f"- Size: {self.size:,} bytes ({size(self.size)})",
         ]
         if self.calibration:
-            rows.append(f"- Calibrated on {_plain(self.calibration)}")
-        rows += [f"- Packed {_plain(kernel)}" for kernel in self.kernels]
+            rows.append(f"- Calibrated on {as_markdown(self.calibration)}")
+        rows += [f"- Packed {as_markdown(kernel)}" for kernel in self.kernels]
         return "\n".join(rows)
 
     def _quality(self) -> str:
@@ -120,7 +120,7 @@ class Report:
             return "## Quality\n\nNot measured."
         c = self.comparison
         return (
-            f"## Quality\n\nAgainst its source, {c.tokens:,} predictions on {_plain(self.sample)}:\n\n"
+            f"## Quality\n\nAgainst its source, {c.tokens:,} predictions on {as_markdown(self.sample)}:\n\n"
             "| | source | this model |\n|---|---|---|\n"
             f"| perplexity | {c.source_perplexity:.4f} | {c.perplexity:.4f} |\n\n"
             f"- KL divergence from the source: mean {c.kl_mean:.5f}, 99th percentile {c.kl_99:.4f}, "
@@ -141,7 +141,9 @@ class Report:
 
     def _licence(self) -> str:
         if self.licence:
-            return f"## Licence\n\n{_plain(self.licence)}, as the source states it; quantization does not change it."
+            return (
+                f"## Licence\n\n{as_markdown(self.licence)}, as the source states it; quantization does not change it."
+            )
         return f"## Licence\n\n{_KOALA_LICENCE if self._is_koala else _SOURCE_LICENCE}"
 
     @property
@@ -166,9 +168,3 @@ def _limits(is_koala: bool) -> str:
         f"nothing that happened after its training and looks nothing up.{extra} Quantization adds errors to those of "
         "the source. Do not rely on it where a mistake does harm."
     )
-
-
-def _plain(text: str) -> str:
-    """On one line, without control characters or anything that Markdown or HTML would act upon."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    return "".join(f"\\{c}" if c in "\\`*[]<>|#!" else c for c in line)[:2000]

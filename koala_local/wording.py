@@ -20,14 +20,23 @@ def short_number(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours or minutes."""
-    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    """Hours, minutes or seconds."""
+    if seconds >= 60:
+        return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
 def first_of(names: Sequence[str], most: int) -> str:
     """The first ones with commas between, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def as_markdown(text: str, length: int = 2000) -> str:
+    """The beginning of a text from elsewhere on one line, without control characters or anything that Markdown or HTML
+    would act upon."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return "".join(f"\\{c}" if c in "\\`*[]<>|#!" else c for c in line[:length])
 
 
 def first_line(error: BaseException, length: int = 200) -> str:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from koala_local import wording
 from koala_local.disk import FULL, replacing
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
@@ -95,7 +96,7 @@ def write_gguf(
     with _partial_file(out) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
         write_metadata(writer, source.config, vocabulary, kind, name=source.config.name or out.stem)
-        size = _write_head(writer, plan, partial)
+        size = _write_head(writer, plan, partial, out)
         assert writer.fout is not None
         with writer.fout[0] as file:
             pipeline = _Pipeline(source, matched, kernels, threads or os.cpu_count() or 1)
@@ -156,9 +157,9 @@ def _no_space(out: Path, reason: str) -> KoalaError:
     )
 
 
-def _write_head(writer: gguf.GGUFWriter, plan: Sequence[PlannedTensor], partial: Path) -> int:
-    """Write everything before the tensors and return the size that the file will have. Raises KoalaError when the disk
-    has no room for the rest."""
+def _write_head(writer: gguf.GGUFWriter, plan: Sequence[PlannedTensor], partial: Path, out: Path) -> int:
+    """Write everything before the tensors and return the size that the file will have. Raises KoalaError, which names
+    `out`, when the disk has no room for the rest."""
     for tensor in plan:
         number = gguf.GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _tensor_bytes(tensor), number)
@@ -172,8 +173,7 @@ def _write_head(writer: gguf.GGUFWriter, plan: Sequence[PlannedTensor], partial:
     rest = sum(_padded(_tensor_bytes(tensor)) for tensor in plan)
     free = shutil.disk_usage(partial.parent).free
     if rest > free:
-        out = partial.with_name(partial.name[1:].removesuffix(".partial"))
-        raise _no_space(out, f"it takes {(head + rest) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+        raise _no_space(out, f"it takes {wording.size(head + rest)} and {wording.size(free)} are free")
     return head + rest
 
 

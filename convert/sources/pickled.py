@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from koala_local.errors import DAMAGED, ModelFileError
+from koala_local.wording import first_line
 
 from .stored import TYPE_NAMES, Stored
 
@@ -29,7 +30,7 @@ def open_pickled(path: Path) -> dict[str, Stored]:
         named = f": it asks for {asked[1]}" if asked else ""
         raise ModelFileError(f"{path.name} holds more than tensors, and was not loaded{named}", _HINT) from None
     except (RuntimeError, OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, IndexError) as error:
-        raise ModelFileError(f"{path.name} cannot be read: {_first_line(error)}", DAMAGED) from None
+        raise ModelFileError(f"{path.name} cannot be read: {first_line(error)}", DAMAGED) from None
     if not isinstance(found, dict):
         raise ModelFileError(f"{path.name} holds a {type(found).__name__} instead of named tensors", _HINT)
     return {name: _stored(path, name, tensor) for name, tensor in found.items()}
@@ -76,7 +77,3 @@ def _stored(path: Path, name: Any, tensor: Any) -> Stored:
         return plain[start:stop].clone(memory_format=torch.contiguous_format)
 
     return Stored(tuple(plain.shape), TYPE_NAMES.get(plain.dtype, str(plain.dtype)), read, path.name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:_SHOWN]

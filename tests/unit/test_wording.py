@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from koala_local.wording import duration, first_line, first_of, short_number, size
+from koala_local.wording import as_markdown, duration, first_line, first_of, short_number, size
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,12 @@ def test_bytes(count: float, hundredths: str, tenths: str) -> None:
 
 def test_numbers_and_times() -> None:
     assert [short_number(count) for count in (13e9, 5.51e6, 1500, 12)] == ["13 B", "5.51 M", "1.5 k", "12"]
-    assert [duration(seconds) for seconds in (42, 3540, 3600)] == ["0.7 min", "59.0 min", "1.0 h"]
+    assert [duration(seconds) for seconds in (0.34, 42, 3540, 3600)] == ["0.3 s", "42 s", "59.0 min", "1.0 h"]
+
+
+def test_what_comes_from_elsewhere_is_no_markup() -> None:
+    assert as_markdown("<a>\n# b [c](d)\x1b|") == "\\<a\\> \\# b \\[c\\](d) \\|"
+    assert as_markdown("x*y", 2) == "x\\*"
 
 
 def test_lists_and_errors() -> None:

@@ -67,7 +67,7 @@ def test_it_tells_the_data_the_settings_and_what_was_measured() -> None:
         "Recipe `koala-distill`",
         "35 rows of 2,048 tokens, 98.0% full; 68,800 tokens, 40,200 of them trained on. Cut: 3 dialogues",
         '"learning_rate": 3e-05',
-        "20 steps, 20,000 tokens, on 1 processor rank; 0.7 min in steps",
+        "20 steps, 20,000 tokens, on 1 processor rank; 40 s in steps",
         "3.4500 over the first 10 steps, 2.4500 over the last 10",
         "| hc3 | 40.000 | 20.500 | 900 |",
         "6,738,415,616 parameters, stored as bfloat16",

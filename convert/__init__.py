@@ -8,6 +8,7 @@ gguf/          a checkpoint -> a GGUF file
 gptq/          a checkpoint -> a GPTQ folder
 forward.py     a forward pass in little memory, with rotary.py; estimate.py: what it takes
 calibration.py texts -> token ids for that pass: importance.py (for K-quants), gptq/, verify.py
-verify.py      is the output still the model? proof.py asks its own engine, report.py says it, publish.py names it
+verify.py      is the output still the model? proof.py asks its own engine
+report.py      what is said of the output; outcome.py writes it, with a model card, and tells it
 recover.py     Koala from its published difference and LLaMA; safetensors_writer.py
 """

@@ -14,8 +14,8 @@ from koala_local.models.reference import name_of
 
 from .calibration import Sample, builtin_calibration, make_sample, read_texts
 from .estimate import estimate
+from .outcome import tell_outcome
 from .proof import prove, source_tokenizer
-from .publish import publish
 from .recover import sum_checkpoint
 from .report import Report, card_fit
 from .sources.checkpoint import open_checkpoint
@@ -92,14 +92,14 @@ def open_job(source: Path, options: Options) -> Job:
 
 
 def quantize_to_gguf(source: Path, options: Options) -> None:
-    """Write and publish a GGUF file."""
+    """Write a GGUF file, and tell the outcome."""
     from .gguf.kquants import kind_for_bits, parse_overrides
 
     kind = (options.kind or kind_for_bits(int(options.bits))).upper()
     overrides = parse_overrides(options.overrides)
     job = open_job(source, options)
     out = job.out(f"{kind.lower()}.gguf")
-    publish(_write_gguf(job, out, kind, overrides), out, as_json=options.as_json)
+    tell_outcome(_write_gguf(job, out, kind, overrides), out, as_json=options.as_json)
 
 
 def _write_gguf(job: Job, out: Path, kind: str, overrides: tuple[tuple[str, str], ...]) -> Report:
@@ -160,7 +160,7 @@ def _importance(job: Job) -> tuple[Any, str]:
 
 
 def quantize_to_gptq(source: Path, options: Options) -> None:
-    """Write and publish a GPTQ folder; goes on behind the layers that are done."""
+    """Write a GPTQ folder, and tell the outcome; goes on behind the layers that are done."""
     from .gptq.checkpoint import quantize_gptq
     from .gptq.matrix import GptqSettings
 
@@ -205,7 +205,7 @@ def quantize_to_gptq(source: Path, options: Options) -> None:
         notes=made.notes,
         **compared,
     )
-    publish(report, out, as_json=options.as_json)
+    tell_outcome(report, out, as_json=options.as_json)
 
 
 def _calibration_sample(job: Job) -> Sample:

@@ -30,7 +30,7 @@ os.environ.pop("HF_HUB_CACHE", None)
 
 @pytest.fixture(autouse=True)
 def koala_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that stands for the user's data, config and cache folders, in this process and its children."""
+    """The folder that stands for the user's data and cache folders, in this process and its children."""
     home = tmp_path_factory.mktemp("koala-home")
     monkeypatch.setenv("KOALA_HOME", str(home))
     return home

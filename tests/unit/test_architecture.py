@@ -49,7 +49,7 @@ RICH = (
     *(f"chat/{name}.py" for name in ("render", "markdown", "repl", "commands", "front", "*views")),
 )
 
-# The edge may load an engine; dialogues are written by dialogue.py, layouts are shared with the engine that runs them.
+# The proof loads an engine; the layout of GPTQ tensors is shared with the engine that runs them.
 CONVERT_MAY = ("convert/proof.py", "convert/gptq/*")
 CONVERT_GROUND = ("koala_local.convert.sources", "koala_local.convert.vocabulary")
 FINETUNE_MAY = ("finetune/*command.py", "finetune/data/tokens.py")  # a training row has the ids that chat gives it

@@ -1,4 +1,4 @@
-"""How a finished output gets its name, its report and its card."""
+"""What is told of a finished output: its report and its card beside it, and the outcome on the screen."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .report import Report
 
 
-def publish(report: Report, out: Path, *, as_json: bool) -> None:
-    """The report beside a file, or inside a folder, as JSON and as a model card; and on the screen."""
+def tell_outcome(report: Report, out: Path, *, as_json: bool) -> None:
+    """Write the report beside a file, or inside a folder, as JSON and as a model card; say it on the screen."""
     stem = out / "quantization" if out.is_dir() else out.with_suffix("")
     card = out / "README" if out.is_dir() else stem
     texts = {

@@ -1,7 +1,8 @@
 """Which of llama.cpp's text-splitting rules a tokenizer.json asks for.
 
 A byte-level tokenizer splits text with regular expressions before it merges; llama.cpp has the common ones built in, by
-name. A description is compared step by step with those known to be equal; anything else is refused.
+name. A description is compared step by step with those known to be equal, or nearly (a note says so); anything else is
+refused.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ def _split(regex: str) -> _Step:
     return ("Split", regex)
 
 
+_NFC_NOTE = "the tokenizer composes characters (Unicode NFC) first; llama.cpp takes text as it comes"
+_TEKKEN_NOTE = (
+    "the tokenizer splits words between small letters and capitals; llama.cpp tells them apart in ASCII alone: ids of "
+    "other words may differ"
+)
 _GPT_2_STEP: _Step = ("ByteLevel", True)
 _BYTES_ONLY: _Step = ("ByteLevel", False)
 _DIGITS: _Step = ("Digits", True)
@@ -84,11 +90,12 @@ def byte_level_pre(description: Mapping[str, Any]) -> tuple[str, list[str]]:
             f"known: {', '.join(_KNOWN.values())}; the token ids would differ with any of them",
         )
     normalizers = _steps(description.get("normalizer"), "normalizers")
+    notes = [_TEKKEN_NOTE] if name == "tekken" else []
     if normalizers == [{"type": "NFC"}]:
-        return name, ["the tokenizer composes characters (Unicode NFC) first; llama.cpp takes text as it comes"]
+        return name, [*notes, _NFC_NOTE]
     if normalizers:
         raise _unknown_normalizer(description)
-    return name, []
+    return name, notes
 
 
 def space_prefix(description: Mapping[str, Any]) -> tuple[bool, list[str]]:

@@ -39,21 +39,22 @@ def quantize(source: Path, **options: Any) -> None:
     SOURCE is a Hugging Face folder, Meta's folder, an EasyLM stream or a GGUF of the LLaMA family. It is read tensor by
     tensor; the whole model is never in memory.
     """
+    gptq = options["layout"] == "gptq"
+    if options["calibration"] and options["imatrix"]:
+        raise click.UsageError("--calibration and --imatrix exclude each other")
+    if options["group_size"] and not gptq:
+        raise click.UsageError("--group-size is for --format gptq; a GGUF type has its own")
+    if gptq and (options["kind"] or options["imatrix"] or options["overrides"] or options["bits"] in ("5", "6")):
+        raise click.UsageError("GPTQ has 2, 3, 4 or 8 bits, no --type, --imatrix or --tensor-type")
     need("convert", *_NEEDED)
-    from .job import Options, quantize_to_gguf, quantize_to_gptq
+    from .job import Options, quantize_to_gguf, quantize_to_gptq  # with it comes torch: seconds
 
     wanted = Options(**options)
-    if wanted.calibration and wanted.imatrix:
-        raise click.UsageError("--calibration and --imatrix exclude each other")
-    if wanted.group_size and wanted.layout != "gptq":
-        raise click.UsageError("--group-size is for --format gptq; a GGUF type has its own")
-    if wanted.layout == "gptq" and (wanted.kind or wanted.imatrix or wanted.overrides or wanted.bits in ("5", "6")):
-        raise click.UsageError("GPTQ has 2, 3, 4 or 8 bits, no --type, --imatrix or --tensor-type")
     if wanted.threads:
         from torch import set_num_threads
 
         set_num_threads(wanted.threads)
-    (quantize_to_gptq if wanted.layout == "gptq" else quantize_to_gguf)(source, wanted)
+    (quantize_to_gptq if gptq else quantize_to_gguf)(source, wanted)
 
 
 @click.command(short_help="Add Koala's published weight difference to LLaMA.")

@@ -65,6 +65,9 @@ class Job:
     def out(self, ending: str) -> Path:
         """Where the output goes. Raises KoalaError when something is there that may not be replaced."""
         path = self.options.output or Path(f"{self.stem}-{ending}")
+        if self.options.layout == "gguf" and path.is_dir():
+            hint = f"name the file: -o {path / self.stem}-{ending}"
+            raise KoalaError(f"{path} is a folder, and a GGUF is one file", hint)
         if path.exists() and not self.options.force:
             raise KoalaError(f"{path} exists already", "give another name with -o, or --force to replace it")
         return path

@@ -111,22 +111,37 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
     """A bar on stderr, where that is a terminal, with count or bytes (`unit` "B"), rate and time left; count and
     time on a narrow one. Yields `step(done, total, detail="")`."""
     from rich import progress as bars
+    from rich.table import Column
+    from rich.text import Text
 
-    console = err_console()
-    counts: list[Any] = [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
+    class _Rate(bars.ProgressColumn):
+        def render(self, task: bars.Task) -> Text:
+            return Text(_rate(task.finished_speed or task.speed, unit))
+
+    console, seconds = err_console(), 3600.0  # over which a rate is taken: a layer may need minutes
+    counts: list[Any] = [bars.MofNCompleteColumn(), _Rate(Column(no_wrap=True))]
     if unit == "B":
-        counts = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
+        counts, seconds = [bars.DownloadColumn(), bars.TransferSpeedColumn()], 30.0
     columns: list[Any] = [bars.TextColumn("{task.description}"), bars.BarColumn(), *counts, bars.TimeRemainingColumn()]
     columns.append(bars.TextColumn("{task.fields[detail]}"))
     if console.width < _WIDE:
         columns = [columns[0], counts[0], columns[-2]]
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    options: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
+    with bars.Progress(*columns, speed_estimate_period=seconds, **options) as bar:
         task = bar.add_task(what, total=None, detail="")
 
         def step(done: int, total: int, detail: str = "") -> None:
             bar.update(task, completed=done, total=total, detail=_plain(detail))
 
         yield step
+
+
+def _rate(speed: float | None, unit: str) -> str:
+    """The unit alone as long as no rate is known."""
+    if not speed:
+        return unit
+    unit = unit or "step"
+    return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit}"
 
 
 def run(command: Callable[[], int | None], *, tracebacks: bool = False) -> int:

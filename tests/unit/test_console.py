@@ -5,12 +5,14 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -245,6 +247,13 @@ def narrow() -> Iterator[tuple[int, IO[str]]]:
     os.close(reader)
 
 
+def read_all(reader: int) -> str:
+    shown = ""
+    while select.select([reader], [], [], 0.5)[0]:  # it comes in parts
+        shown += os.read(reader, 10_000).decode()
+    return shown
+
+
 def test_a_text_is_folded_at_words_on_a_narrow_terminal(narrow: tuple[int, IO[str]]) -> None:
     _, stream = narrow
     path = "/home/someone/" + "x" * 60
@@ -265,7 +274,24 @@ def test_notes_and_progress_are_readable_on_a_narrow_terminal(
     assert os.read(reader, 1000).decode().splitlines() == ["first line", "word " * 7 + "word", "word " * 3 + "word"]
     with console.progress("downloading", "B") as step:
         step(1_300_000, 7_900_000, "koala-13B-HF.Q4_K_M.gguf")
-    shown = ""
-    while select.select([reader], [], [], 0.5)[0]:  # it comes in parts
-        shown += os.read(reader, 10_000).decode()
+    shown = read_all(reader)
     assert "1.3/7.9 MB" in shown and "Q4_K_M" not in shown
+
+
+@pytest.mark.parametrize(("columns", "wide"), [(40, False), (80, True)])
+def test_what_is_counted_has_a_rate_where_there_is_room(
+    narrow: tuple[int, IO[str]], monkeypatch: pytest.MonkeyPatch, columns: int, wide: bool
+) -> None:
+    reader, stream = narrow
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with console.progress("quantizing", "matrix") as step:
+        for done in (1, 2, 3):
+            time.sleep(0.2)
+            step(done, 280, "model.layers.0.self_attn.q_proj")
+    shown = read_all(reader)
+    assert "3/280" in shown
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    rate = r"3/280 \d\.\d matrix/s \d:\d\d:\d\d model\.layers\.0\.self_attn\.q_proj"
+    assert bool(re.search(rate, plain)) == wide, plain

@@ -200,6 +200,16 @@ def test_a_stopped_run_with_other_settings_is_not_mixed_in(
     assert run(checkpoint, out, tokenizer, settings, force=True).resumed == 0
 
 
+@pytest.mark.parametrize("name", ["mine.txt", ".mine.txt.partial"])
+def test_a_folder_that_no_run_left_is_kept(tmp_path: Path, tokenizer: Path, name: str) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / name).write_text("keep")
+    with pytest.raises(KoalaError, match="no stopped run"):
+        run(tiny()[1], tmp_path / "out", tokenizer)
+    assert contents(partial) == {name: b"keep"}
+
+
 def test_a_stopped_run_of_another_model_is_not_mixed_in(tmp_path: Path, tokenizer: Path) -> None:
     stop_after(8, tiny()[1], tmp_path / "out", tokenizer)
     with pytest.raises(KoalaError, match="other weights"):

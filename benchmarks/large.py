@@ -149,7 +149,7 @@ def quantized(model: Path, out: Path, kind: str, threads: int) -> str:
         nonlocal finished
         finished = time.perf_counter()
 
-    with measured(spent, source):
+    with measured(spent, source), sampled() as peaks:
         started = time.perf_counter()
         report = converter.write_gguf(source, vocabulary, out, kind, threads=threads, progress=progress)
         wall, sync = time.perf_counter() - started, time.perf_counter() - finished
@@ -157,9 +157,9 @@ def quantized(model: Path, out: Path, kind: str, threads: int) -> str:
     conversion = seconds["block"] - seconds["read"] - seconds["quantize"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     lines = [
-        f"{report.parameters / 1e9:.2f}G weights to {kind}, {report.size / 1e9:.2f} GB, {threads} threads",
+        f"{report.parameters / 1e9:.2f}G weights to {kind}, {report.size:,} bytes, {threads} threads",
         f"wall {wall:.1f} s ({wall / 60:.2f} minutes), {report.parameters / 1e6 / wall:.0f}M weights a second",
-        f"peak resident {peak / 1024:.0f} MiB with mapped files; anonymous at the end {anonymous() / 2**20:.0f} MiB",
+        f"peak resident {peak / 1024:.0f} MiB with mapped files; anonymous at most {max(peaks) / 2**20:.0f} MiB",
         "seconds over all workers: "
         f"waiting for the turn to read and reading {seconds['read']:.1f}, to float32 and permuting {conversion:.1f}, "
         f"checking, packing and checking {seconds['quantize']:.1f} (of it packing {seconds.get('pack', 0):.1f})",
@@ -174,6 +174,24 @@ def anonymous() -> int:
     """Bytes of this process's own memory."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+@contextmanager
+def sampled() -> Iterator[list[int]]:
+    """`anonymous` as it is, and then twenty times a second until the block ends."""
+    seen, done = [anonymous()], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            seen.append(anonymous())
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextmanager

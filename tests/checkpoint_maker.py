@@ -275,17 +275,15 @@ def make_gguf(
     architecture: str = "llama",
 ) -> Path:
     """Write Hugging Face's `state` as a GGUF without a vocabulary, matrices of type `kind`. Returns the path."""
-    hidden = state["model.norm.weight"].numel()
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(512)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(1 + max(int(name.split(".")[2]) for name in state if ".layers." in name))
-    writer.add_feed_forward_length(state["model.layers.0.mlp.gate_proj.weight"].shape[0])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_rope_freq_base(10000.0)
+    write_gguf_settings(
+        writer,
+        layers=1 + max(int(name.split(".")[2]) for name in state if ".layers." in name),
+        hidden=state["model.norm.weight"].numel(),
+        feed_forward=state["model.layers.0.mlp.gate_proj.weight"].shape[0],
+        heads=heads,
+        kv_heads=kv_heads,
+    )
     for name, tensor in {**state, **(extra or {})}.items():
         short = name
         for there, here in _GGUF_NAMES.items():
@@ -298,3 +296,18 @@ def make_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_gguf_settings(
+    writer: gguf.GGUFWriter, *, layers: int, hidden: int, feed_forward: int, heads: int, kv_heads: int
+) -> None:
+    """What a header says of a model beside its tensors."""
+    writer.add_context_length(512)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_rope_freq_base(10000.0)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.checkpoint_maker import make_hf
 from tests.e2e.test_chat_command import koala
+from tests.unit.convert.llama_quantize import read_tensors
+from tests.unit.convert.test_importance import write_gguf as write_imatrix
+
+TINY_LLAMA = Path(os.environ.get("KOALA_TEST_DATA", "/nonexistent")) / "models" / "llama-2-tiny-random.gguf"
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +31,20 @@ def quantize(home: Path, *arguments: str | Path) -> Any:
     return koala(home, "quantize", *arguments)
 
 
+def stated(result: Any, what: str) -> bytes:
+    """What stderr says of a sample: which it is, how much time it takes, and how much memory."""
+    size = rb"[\d,]+ tokens, about [\d.]+ (?:s|min|h), at most about [\d.]+ [MG]B of memory"
+    found = re.search(rb"^%s: (.+ tokens from .+); %s" % (what.encode(), size), result.stderr, re.MULTILINE)
+    assert found, result.stderr.decode()
+    return found[1]
+
+
 def test_from_a_checkpoint_to_a_conversation(tmp_path: Path, checkpoint: Path) -> None:
     out = tmp_path / "tiny.gguf"
     result = quantize(tmp_path, checkpoint, "-o", out, "--bits", "4")
     assert result.returncode == 0, result.stderr.decode()
     assert b"Q4_K_M" in result.stdout and b"perplexity" in result.stdout
+    assert b" x 512 tokens from the built-in held-out text" in stated(result, "verification")
     report = json.loads((tmp_path / "tiny.json").read_text())
     assert report["kind"] == "Q4_K_M"
     assert report["size"] == out.stat().st_size
@@ -48,7 +64,27 @@ def test_json_type_and_calibration(tmp_path: Path, checkpoint: Path) -> None:
     assert result.returncode == 0, result.stderr.decode()
     report = json.loads(result.stdout)
     assert report["kind"] == "Q3_K_M"
-    assert "words.txt" in report["calibration"]
+    assert report["calibration"].encode() == stated(result, "calibration")
+    assert " x 512 tokens from words.txt" in report["calibration"]
+
+
+def test_an_importance_matrix_of_llama_cpps(tmp_path: Path, checkpoint: Path) -> None:
+    """Every matrix that it has columns for comes out in other bytes than without it, and nothing else."""
+    columns = {"attn_q": 256, "attn_k": 256, "attn_v": 256, "attn_output": 256, "ffn_gate": 256, "ffn_up": 256}
+    sizes = {f"blk.{i}.{name}.weight": count for i in range(2) for name, count in (columns | {"ffn_down": 512}).items()}
+    random = np.random.default_rng(0)
+    sums = {f"{name}.in_sum2": random.random((1, count), np.float32) + 0.01 for name, count in sizes.items()}
+    counts = {f"{name}.counts": np.ones((1, 1), np.float32) for name in sizes}
+    matrix = write_imatrix(tmp_path / "imatrix.gguf", sums | counts)
+    with_it, without = tmp_path / "with.gguf", tmp_path / "without.gguf"
+    result = quantize(tmp_path, checkpoint, "-o", with_it, "--no-verify", "--json", "--imatrix", matrix)
+    assert result.returncode == 0, result.stderr.decode()
+    report = json.loads(result.stdout)
+    assert report["calibration"] == "imatrix.gguf"
+    assert not any("lacks" in note for note in report["notes"])
+    assert quantize(tmp_path, checkpoint, "-o", without, "--no-verify").returncode == 0
+    changed, plain = read_tensors(with_it), read_tensors(without)
+    assert {name for name in plain if changed[name] != plain[name]} == set(sizes)
 
 
 def test_a_gguf_is_a_source_too(tmp_path: Path, checkpoint: Path) -> None:
@@ -59,6 +95,17 @@ def test_a_gguf_is_a_source_too(tmp_path: Path, checkpoint: Path) -> None:
     assert quantize(tmp_path, checkpoint, "-o", direct, "--bits", "8", "--no-verify").returncode == 0
     tail = 200_000  # the tensors; names differ in the head
     assert again.read_bytes()[-tail:] == direct.read_bytes()[-tail:]
+
+
+@pytest.mark.skipif(not TINY_LLAMA.is_file(), reason="KOALA_TEST_DATA names no folder with real models")
+def test_a_gguf_that_others_made(tmp_path: Path) -> None:
+    out = tmp_path / "tiny.gguf"
+    result = quantize(tmp_path, TINY_LLAMA, "-o", out, "--bits", "8")
+    assert result.returncode == 0, result.stderr.decode()
+    assert b"perplexity" in result.stdout
+    source, written = read_tensors(TINY_LLAMA), read_tensors(out)
+    assert written.keys() == source.keys()
+    assert any(written[name] != source[name] for name in source)
 
 
 def test_an_existing_output_is_refused(tmp_path: Path, checkpoint: Path) -> None:
@@ -128,8 +175,22 @@ def test_recover_adds_the_difference(tmp_path: Path) -> None:
     again = koala(tmp_path / "home", "recover", "--base", base, "--diff", diff, "-o", tmp_path / "koala")
     assert again.returncode == 1
     assert b"exists" in again.stderr
-    pair = quantize(tmp_path / "home", diff, "--base", base, "-o", tmp_path / "pair.gguf", "--no-verify")
+    pair = quantize(tmp_path / "home", diff, "--base", base, "-o", tmp_path / "pair.gguf")
     assert pair.returncode == 0, pair.stderr.decode()
+    assert b"perplexity" in pair.stdout
+    whole = quantize(tmp_path / "home", tmp_path / "koala", "-o", tmp_path / "whole.gguf", "--no-verify")
+    assert whole.returncode == 0, whole.stderr.decode()
+    assert read_tensors(tmp_path / "pair.gguf") == read_tensors(tmp_path / "whole.gguf")
+
+
+def test_recover_believes_the_checklist_beside_the_base(tmp_path: Path) -> None:
+    base = make_hf(tmp_path / "base", layers=1, hidden=64, seed=1)
+    diff = make_hf(tmp_path / "diff", layers=1, hidden=64, seed=2)
+    (base / "checklist.chk").write_text(f"{'0' * 32}  model.safetensors\n")
+    result = koala(tmp_path / "home", "recover", "--base", base, "--diff", diff, "-o", tmp_path / "koala")
+    assert result.returncode == 1
+    assert b"model.safetensors has the MD5" in result.stderr
+    assert not list(tmp_path.glob("koala*"))
 
 
 def test_gptq_from_a_checkpoint_to_a_conversation_that_is_resumed(tmp_path: Path, checkpoint: Path) -> None:
@@ -149,6 +210,18 @@ def test_gptq_from_a_checkpoint_to_a_conversation_that_is_resumed(tmp_path: Path
     refused = quantize(home, checkpoint, "-o", out, "--format", "gptq")
     assert refused.returncode == 1 and b"exists already" in refused.stderr
     assert quantize(home, checkpoint, "--format", "gptq", "--type", "Q4_K_M").returncode == 2
+
+
+def test_gptq_on_a_text_of_ones_own_names_it(tmp_path: Path, checkpoint: Path) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("the hat and the cat are at the inn, and then another one. " * 100)
+    options = ("--format", "gptq", "--group-size", "64", "--no-verify", "--json")
+    result = quantize(tmp_path, checkpoint, "-o", tmp_path / "out", "--calibration", text, *options)
+    assert result.returncode == 0, result.stderr.decode()
+    calibration = json.loads(result.stdout)["calibration"]
+    assert " x 512 tokens from words.txt" in calibration
+    assert calibration.encode() == stated(result, "calibration")
+    assert "words.txt" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_folder_that_is_not_quantized_is_refused(tmp_path: Path, checkpoint: Path) -> None:

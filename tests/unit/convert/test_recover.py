@@ -8,9 +8,11 @@ import os
 import resource
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import sentencepiece
 import torch
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from koala_local.errors import KoalaError, ModelFileError
-from tests.checkpoint_maker import make_easylm, make_hf, make_meta, save_state
+from tests.checkpoint_maker import make_easylm, make_gguf, make_hf, make_meta, save_state
 
 State = dict[str, torch.Tensor]
 
@@ -100,12 +102,19 @@ def test_transformers_reads_the_tokenizer(tmp_path: Path, base: Path, diff: Stat
 
 
 def test_every_pair_of_formats_gives_the_same_sum(tmp_path: Path, base: Path, diff: State) -> None:
-    expected = added(weights(base), diff)
-    meta = open_checkpoint(make_meta(tmp_path / "meta", weights(base), parts=2))
-    for number, there in enumerate([tmp_path / "difference", make_easylm(tmp_path / "stream", diff)]):
+    llama = weights(base)
+    kind = gguf.GGMLQuantizationType.BF16
+    bases = [
+        make_meta(tmp_path / "meta", llama, parts=2),
+        make_easylm(tmp_path / "llama_stream", llama),
+        make_gguf(tmp_path / "llama.gguf", llama, kind=kind),
+    ]
+    differences = [tmp_path / "difference", make_easylm(tmp_path / "stream", diff)]
+    for number, (here, there) in enumerate(product(bases, differences)):
+        first, second = (open_checkpoint(path, head_size=16) for path in (here, there))
         out = tmp_path / f"out{number}"
-        recover(meta, open_checkpoint(there, head_size=16), out, tokenizer_folder=base)
-        check_same(weights(out), expected)
+        recover(first, second, out, tokenizer_folder=base, dtype="BF16")  # a GGUF's norms are in 32 bits
+        check_same(weights(out), added(llama, diff))
 
 
 @pytest.mark.parametrize(("dtype", "type_"), [("F16", torch.float16), ("F32", torch.float32)])

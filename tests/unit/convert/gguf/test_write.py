@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -319,6 +320,21 @@ def test_a_full_disk_is_told_before_anything_is_read(
     with pytest.raises(KoalaError, match="no space"):
         convert(small, tmp_path / "out.gguf", "Q8_0", progress=seen.append)
     assert not seen
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_disk_that_fills_up_while_it_is_written_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    before = sorted(tmp_path.iterdir())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(KoalaError, match=r"no space for out\.gguf in .*: File too large"):
+            convert(small, tmp_path / "out.gguf", "F32", progress=seen.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert 0 < seen[-1].done < seen[-1].total
     assert sorted(tmp_path.iterdir()) == before
 
 

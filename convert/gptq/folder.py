@@ -45,7 +45,9 @@ def open_partial(partial: Path, manifest: Mapping[str, Any], force: bool) -> Non
                 f"{str(partial)!r} is of a stopped run with other {', '.join(other)}",
                 "repeat that command to go on with it, or give --force to begin anew",
             )
-    elif partial.exists() and not force and {path.name for path in partial.iterdir()} - {f".{_MANIFEST}.partial"}:
+    elif (
+        partial.exists() and not force and any(not path.name.startswith(f".{_MANIFEST}.") for path in partial.iterdir())
+    ):
         raise KoalaError(f"{str(partial)!r} exists and is no stopped run", "delete it, or give --force")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import file_digest
@@ -89,6 +89,7 @@ def build(
     tests = _read_tests(sorted({*test_sets, *(find_sets(raw) if raw else ())}))
     sources = {key: _source(key, rules) for key, rules in recipe.sources.items()}
     with _unfinished(out) as folder, workers(processes or usable_cores()) as work:
+        _refuse_existing(out, force)  # another build may have made it meanwhile
         inputs = {key: _find(sources[key], rules, raw, tell) for key, rules in recipe.sources.items()}
         _check_space(out, [file.path for files in inputs.values() for file in files])
         stages = [
@@ -216,11 +217,14 @@ def _check_space(out: Path, paths: Sequence[Path]) -> None:
 def _unfinished(out: Path) -> Iterator[Path]:
     """The folder beside `out` that an unfinished build leaves, for this process alone. It goes when that is done."""
     folder = out.with_name(f".{out.name}.partial")
-    try:
-        (folder / "stages").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildError(f"{str(folder)!r} cannot be made: {error.strerror}", "name another place with -o") from None
-    with lock(folder / "lock") as alone:
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if alone := stack.enter_context(lock(folder / "lock")):
+                (folder / "stages").mkdir(exist_ok=True)
+        except OSError as error:
+            what = f"{str(folder)!r} cannot be written: {error.strerror}"
+            raise BuildError(what, "name another place with -o") from None
         if not alone:
             raise BuildError(f"another build of {str(out)!r} is running", "wait until it ends")
         _recover(out)
@@ -232,7 +236,10 @@ def _unfinished(out: Path) -> Iterator[Path]:
                 raise
             hint = "free some and run it again: it goes on where it was"
             raise BuildError(f"no space is left beside {str(out)!r}", hint) from None
-    shutil.rmtree(folder)
+        shutil.rmtree(folder / "stages", ignore_errors=True)
+        with suppress(OSError):
+            (folder / "lock").unlink()  # last: a build that begins now finds nothing that will go
+            folder.rmdir()
 
 
 def _publish(made: Path, out: Path) -> None:

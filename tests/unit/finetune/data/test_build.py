@@ -25,6 +25,7 @@ from koala_local.finetune.data.packing import make_plan
 from koala_local.finetune.data.tokens import DialogueTokenizer
 
 from koala_local.dialogue import Dialogue
+from koala_local.disk import lock
 from koala_local.errors import KoalaError
 from tests.unit.finetune.data.raw_maker import GERMAN, STORY, TESTED, conversation, make_raw, sentence
 
@@ -207,6 +208,44 @@ def test_two_builds_of_one_folder(raw: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         make(raw, tmp_path / "out", tell=again)
+
+
+def test_what_a_build_worked_in_is_locked_until_it_is_gone(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next build could begin in a folder that is being removed."""
+    folder, remove, free = tmp_path / ".out.partial", shutil.rmtree, list[bool]()
+
+    def watched(path: Path, *arguments: Any, **options: Any) -> None:
+        if Path(path) in (folder, folder / "stages"):
+            with lock(folder / "lock") as alone:
+                free.append(alone)
+        remove(path, *arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    make(raw, tmp_path / "out")
+    assert free == [False]
+    assert not folder.exists()
+
+
+def test_a_corpus_that_another_build_made_meanwhile_stays(
+    raw: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(path: Path) -> Any:
+        if path.name == "lock":  # the other build ends before this one has the lock
+            shutil.copytree(built, tmp_path / "out")
+        return lock(path)
+
+    monkeypatch.setattr("koala_local.finetune.data.build.lock", late)
+    with pytest.raises(BuildError, match="exists already"):
+        make(raw, tmp_path / "out")
+    assert content(tmp_path / "out") == content(built)
+
+
+def test_a_lock_that_cannot_be_made(raw: Path, tmp_path: Path) -> None:
+    (tmp_path / ".out.partial" / "lock").mkdir(parents=True)
+    with pytest.raises(BuildError, match="cannot be written"):
+        make(raw, tmp_path / "out")
 
 
 def test_a_file_of_ones_own(raw: Path, tmp_path: Path) -> None:

@@ -84,12 +84,12 @@ def export(
     Raises KoalaError when `out` holds a checkpoint, when it cannot be written, for want of space for one, and for a
     weight that is not finite in `dtype`; nothing is left then."""
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
-    size = Numbers.of(config).parameters * torch_dtype(dtype).itemsize
-    _on_writer(lambda: _begin(out, partial, size))
+    needed = Numbers.of(config).parameters * torch_dtype(dtype).itemsize
+    _on_writer(lambda: _begin(out, partial, needed))
     shards = _Shards(partial, shard_bytes)
     try:
         pairs = weights.items() if isinstance(weights, Mapping) else weights
-        told = (lambda: progress(shards.total, size)) if progress else None
+        told = (lambda: progress(shards.total, needed)) if progress else None
         failure = _write_weights(pairs, shards, torch_dtype(dtype), told)
         files = _small_files(tokenizer, configuration(config, ids, dtype))
         _on_writer(lambda: _finish(shards, out, {**files, **extra_files}), failure)

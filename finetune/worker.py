@@ -21,7 +21,7 @@ from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from koala_local.errors import KoalaError, OutOfMemoryError
-from koala_local.wording import first_of
+from koala_local.wording import first_line, first_of
 
 from .checkpoint import Checkpoints, Saved, latest
 from .data.corpus import Corpus
@@ -55,7 +55,7 @@ def work(job: Job) -> int:
         ):
             return _work(job, rank, device, received)
     except torch.OutOfMemoryError as error:
-        what = f"the GPU's memory is full: {str(error).splitlines()[0]}"
+        what = f"the GPU's memory is full: {first_line(error)}"
         raise OutOfMemoryError(what, "try recompute=full or micro_batch=1, and see --plan") from None
 
 

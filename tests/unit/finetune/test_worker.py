@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 import torch.distributed as dist
 from koala_local.finetune.checkpoint import Saved
+from koala_local.finetune.job import Job
 from koala_local.finetune.launch import Rank
 from koala_local.finetune.settings import LoraSettings, Settings, as_tree
 from koala_local.finetune.weights import fingerprint
-from koala_local.finetune.worker import check_agreement, check_resumable, check_shared
+from koala_local.finetune.worker import check_agreement, check_resumable, check_shared, work
 from safetensors.torch import load_file, save_file
 
-from koala_local.errors import KoalaError
+from koala_local.errors import KoalaError, OutOfMemoryError
 from tests.unit.finetune.tiny import checkpoint
 from tests.unit.finetune.toy import TwoRanks
 
@@ -51,6 +54,19 @@ def test_an_output_folder_that_is_not_shared(tmp_path: Path, ranks: TwoRanks) ->
     said = ranks.run(_share, tmp_path / "one", tmp_path / "other")
     assert said[0].startswith("rank 1 does not see the folder") and said[1].startswith("rank 1 does not see")
     assert not list(tmp_path.glob("*/.*"))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [("", "OutOfMemoryError"), ("CUDA out of memory.\nSee", "CUDA out of memory.")]
+)
+def test_a_full_gpu_is_told(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Job) -> None:
+        raise torch.OutOfMemoryError(said)
+
+    monkeypatch.setattr("koala_local.finetune.worker._joined", full)
+    with pytest.raises(OutOfMemoryError) as caught:
+        work(cast(Job, None))
+    assert caught.value.message == f"the GPU's memory is full: {told}" and "recompute=full" in caught.value.hint
 
 
 def test_a_base_is_told_from_others_of_its_shape(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import lzma
-import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -17,6 +15,7 @@ import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
+from koala_local.finetune.data.sources import SOURCES
 from koala_local.finetune.data.tokens import DialogueTokenizer, TokenizerError, check_matches
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -27,6 +26,7 @@ from koala_local.engine.gptq_tokenizer import Expected, GptqTokenizer
 from koala_local.errors import ModelFileError
 from tests.gptq_maker import Made, make_gptq
 
+from .source_rows import DATA, GOOD, VECTORS, dialogues, needs_data, vectors
 from .tokenizer_maker import train_sentencepiece
 
 _PARTS = ["the", " cat", "cat", " ", "\n", "  ", "\t", "\r\n", " \n ", "é", "\u3000", "☃", "mat"]
@@ -100,6 +100,17 @@ def test_ids_and_mask_are_those_made_by_hand(plain: Path, style: str) -> None:
     ids, mask = by_hand(plain, Dialogue(clean.turns, _utf8(dialogue.system)))
     assert found.ids == ids
     assert list(found.trained) == mask
+
+
+@pytest.mark.parametrize("key", [*SOURCES, "own"])
+def test_a_raw_row_of_every_source_has_the_ids_made_by_hand(plain: Path, tmp_path: Path, key: str) -> None:
+    found = dialogues(key, GOOD[key], tmp_path)
+    assert {turn.helpful for dialogue in found for turn in dialogue.turns} == (
+        {True, False} if key in ("hh", "webgpt", "summarization") else {True}
+    )
+    for dialogue in found:
+        encoded = load(plain).encode(dialogue)
+        assert (encoded.ids, list(encoded.trained)) == by_hand(plain, dialogue)
 
 
 def _utf8(text: str) -> str:
@@ -268,19 +279,12 @@ def test_a_tokenizer_without_bos_or_eos_is_refused(tmp_path: Path, name: str) ->
         DialogueTokenizer(path)
 
 
-def test_the_original_code_made_the_same() -> None:
-    if "KOALA_TEST_DATA" not in os.environ:
-        pytest.skip("KOALA_TEST_DATA names no folder with real data")
-    data = Path(os.environ["KOALA_TEST_DATA"])
-    tokenizer = DialogueTokenizer(data / "models" / "llama_tokenizer.model")
-    alpaca = json.loads(lzma.decompress((data / "dialogue" / "alpaca_data.json.xz").read_bytes()))
-    compared = 0
-    for line in (data / "vectors" / "koala_tokens.jsonl").open():
-        vector = json.loads(line)
-        if vector["source"] == "alpaca":
-            raw = alpaca[vector["row"]]
-            user = f"{raw['instruction']} {raw['input']}" if raw["input"] else raw["instruction"]
-            found = tokenizer.encode(Dialogue((Turn(user, raw["output"]),)))
-            assert (found.ids, list(found.trained)) == (vector["ids"], vector["mask"])
-            compared += 1
-    assert compared == 24
+@needs_data
+@pytest.mark.parametrize("stem", VECTORS)
+def test_the_original_code_made_the_same(stem: str) -> None:
+    tokenizer = load(DATA / "models" / "llama_tokenizer.model")
+    found = vectors(stem)
+    assert len(found) == 24
+    for dialogue, ids, mask in found:
+        encoded = tokenizer.encode(dialogue)
+        assert (encoded.ids, list(encoded.trained)) == (ids, mask)

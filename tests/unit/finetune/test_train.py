@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from koala_local.finetune.checkpoint import complete, latest
+from koala_local.finetune.checkpoint import _describe, complete, latest
 from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.settings import LoraSettings, Settings
 from koala_local.finetune.train import TrainingError, restore, rows_of_rank, train
@@ -161,6 +163,28 @@ def test_a_bad_step_stops_with_its_rows_named(
     assert "step 25 has" in caught.value.message and f"rows [{guilty}]" in caught.value.message
     assert [path.name for path in complete(tmp_path)] == ["step-00000015", "step-00000020"]
     now = weights_of(run)
+def test_a_checkpoint_is_whole_before_the_next_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a kill loses two intervals at most: that of a checkpoint that was being written, and what ran meanwhile."""
+    written = threading.Event()
+
+    def describe(*arguments: Any) -> None:
+        assert written.wait(60)
+        _describe(*arguments)
+
+    monkeypatch.setattr("koala_local.finetune.checkpoint._describe", describe)
+    run, steps = make_run(tmp_path, changed(SETTINGS, max_steps=13))
+    training = threading.Thread(target=train, args=(run,))
+    training.start()
+    end = time.monotonic() + 60
+    while len(steps) < 2 * SETTINGS.save_every and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert len(steps) == 2 * SETTINGS.save_every and complete(tmp_path) == []
+    written.set()
+    training.join(60)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000010", "step-00000013"]
+
+
     assert all(torch.equal(tensor, now[name]) for name, tensor in before[-1].items())
 
 

@@ -134,3 +134,22 @@ def test_another_recipe_or_setting_is_refused(tmp_path: Path, common: tuple[str 
     status, errors = Training(tmp_path, *common, "--data", other, "-o", out, "--resume").finish()
     assert status == 1
     assert "changed since the run" in errors
+
+
+def test_a_changed_recipe_is_refused(tmp_path: Path, common: tuple[str | Path, ...]) -> None:
+    out, recipe = tmp_path / "run", tmp_path / "mine.toml"
+    text = f'epochs = 20\n[sources.sums]\nfiles = ["{common[1]}"]\n'
+    recipe.write_text(text)
+    new = (*common, "--data", recipe, "-o", out)
+    training = Training(tmp_path, *new)
+    training.wait_for(out, 6)
+    training.send(signal.SIGTERM)
+    assert training.finish()[0] == 143
+    for what, changed in (("sources", f"{text}weight = 2\n"), ("epochs", text.replace("20", "30"))):
+        recipe.write_text(changed)
+        status, errors = Training(tmp_path, *new, "--resume").finish()
+        assert status == 1
+        assert f"the recipe's {what} changed since the run" in " ".join(errors.split())
+    recipe.write_text(text)
+    status, errors = Training(tmp_path, *new, "--resume").finish()
+    assert status == 0, errors

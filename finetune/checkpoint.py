@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
 from koala_local.disk import FULL, sync, write_whole
 from koala_local.errors import KoalaError
@@ -71,9 +73,9 @@ class Checkpoints:
         # Background collectives must not mix with those of the training steps, so they have a group of their own.
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
-    def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], about: Mapping[str, Any], *, at_once: bool = False) -> None:
         """Write `state` in the background, as it is now. Waits for the save before. Raises CheckpointError when that
-        one failed."""
+        one failed. `at_once` waits for this one, too: for tensors that torch cannot copy aside, such as torchao's."""
         self.wait()
         if step == self.newest:
             return
@@ -83,9 +85,16 @@ class Checkpoints:
         if is_writer():
             self._begin(partial)
         self._barrier()
-        written = async_save(state, checkpoint_id=partial, process_group=self._group, no_dist=self._group is None)
-        assert isinstance(written, Future)
-        self._pending = self._threads.submit(self._finish, written, partial, final, {"step": step, **about})
+        where: dict[str, Any] = {"checkpoint_id": partial, "process_group": self._group}
+        where["no_dist"] = self._group is None
+        write: Callable[[], object] = functools.partial(save_parts, state, **where)
+        if not at_once:
+            written = async_save(state, **where)
+            assert isinstance(written, Future)
+            write = written.result
+        self._pending = self._threads.submit(self._finish, write, partial, final, {"step": step, **about})
+        if at_once:
+            self.wait()
 
     def check(self) -> None:
         """Raise the CheckpointError of a save that has failed meanwhile. Does not wait."""
@@ -106,10 +115,10 @@ class Checkpoints:
         except OSError as error:
             raise _write_error(partial, error, self.folder) from None
 
-    def _finish(self, written: Future[Any], partial: Path, final: Path, about: dict[str, Any]) -> None:
-        """Wait for all ranks' files; then, on rank 0, describe them, give the folder its name and drop old ones."""
+    def _finish(self, write: Callable[[], object], partial: Path, final: Path, about: dict[str, Any]) -> None:
+        """Write all ranks' files, or wait for them. Then, on rank 0, describe them, name the folder, drop old ones."""
         try:
-            written.result()
+            write()
             if is_writer():
                 _describe(partial, about)
                 partial.rename(final)

@@ -209,9 +209,10 @@ def state_of(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint in the background."""
+    """Write a checkpoint, in the background but for states of 8 bits."""
     about = {"plan": run.plan.key, "base": run.base, "settings": as_tree(run.settings), "losses": run.losses}
-    run.checkpoints.save(run.done, state_of(run), {**about, "total_steps": run.total_steps})
+    at_once = run.settings.optimizer == "adamw8bit"
+    run.checkpoints.save(run.done, state_of(run), {**about, "total_steps": run.total_steps}, at_once=at_once)
 
 
 def restore(run: Run, saved: Saved) -> None:

@@ -18,6 +18,7 @@ from koala_local.finetune.data.packing import Batch
 from koala_local.finetune.settings import LoraSettings, Settings
 from koala_local.finetune.train import TrainingError, restore, rows_of_rank, train
 from numpy.typing import NDArray
+from torch.distributed.tensor import DTensor
 
 from tests.unit.finetune.toy import LENGTH, SETTINGS, SHAPE, ToyPlan, TwoRanks, changed, make_run, weights_of
 
@@ -84,23 +85,62 @@ def test_every_row_is_taken_once(tmp_path: Path) -> None:
     assert sorted(np.concatenate(found)) == sorted(wanted)
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, dropout=0.1)])
-def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, lora: LoraSettings | None) -> None:
-    settings = changed(SETTINGS, max_steps=16, dropout=0.1, lora=lora)
-    whole, steps = make_run(tmp_path / "whole", settings)
-    train(whole)
-    first, before = make_run(tmp_path / "parts", settings)
-    first.stops = lambda: [signal.SIGTERM] if len(before) == 9 else []
-    assert train(first) == signal.SIGTERM
-    again, after = make_run(tmp_path / "parts", settings)
-    saved = latest(tmp_path / "parts")
-    assert saved is not None and saved.step == 9
-    restore(again, saved)
-    assert train(again) == 0
-    assert [step.loss for step in before + after] == [step.loss for step in steps]
-    assert [step.learning_rate for step in before + after] == [step.learning_rate for step in steps]
+def whole_and_parts(folder: Path, settings: Settings) -> tuple[list[Any], list[Any], list[str]]:
+    """The loss and rate of each step of a run, the same of one that was stopped after nine steps and went on, and which
+    weights differ at their ends."""
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step
+        whole, steps = make_run(folder / "whole", settings)
+        train(whole)
+        first, before = make_run(folder / "parts", settings)
+        first.stops = lambda: [signal.SIGTERM] if len(before) == 9 else []
+        assert train(first) == signal.SIGTERM
+        again, after = make_run(folder / "parts", settings)
+        saved = latest(folder / "parts")
+        assert saved is not None and saved.step == 9
+        restore(again, saved)
+        assert train(again) == 0
     final, other = weights_of(whole), weights_of(again)
-    assert all(torch.equal(tensor, other[name]) for name, tensor in final.items())
+    told = [[(step.loss, step.learning_rate) for step in run] for run in (steps, before + after)]
+    return told[0], told[1], [name for name, tensor in final.items() if not torch.equal(tensor, other[name])]
+
+
+def eight_bit_states(folder: Path, settings: Settings) -> int:
+    """How many numbers of the optimizer's state have 8 bits, on this rank, after a step and after a resumption."""
+    with torch.compiler.set_stance("force_eager"):
+        first, _ = make_run(folder, changed(settings, max_steps=1))
+        train(first)
+        again, _ = make_run(folder, settings)
+        saved = latest(folder)
+        assert saved
+        restore(again, saved)
+    one, other = (sorted(map(_kind, run.optimizer.state.values())) for run in (first, again))
+    assert one == other
+    return one.count("OptimState8bit")
+
+
+def _kind(state: Any) -> str:
+    moment = state["exp_avg"]
+    return type(moment.to_local() if isinstance(moment, DTensor) else moment).__name__
+
+
+WIDE = changed(SETTINGS, max_steps=16, dropout=0.1, model=replace(SHAPE, hidden_size=64, feed_forward_size=128))
+EIGHT_BIT = changed(WIDE, optimizer="adamw8bit")  # small tensors keep 32 bits
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [WIDE, changed(WIDE, lora=LoraSettings(rank=4, dropout=0.1)), EIGHT_BIT],
+    ids=["all weights", "adapters", "states of 8 bits"],
+)
+def test_resumed_is_uninterrupted_to_the_bit(tmp_path: Path, settings: Settings) -> None:
+    whole, parts, differ = whole_and_parts(tmp_path, settings)
+    assert len(whole) == 16 and whole == parts and differ == []
+
+
+def test_states_of_8_bits_are_resumed_by_two_ranks(tmp_path: Path, ranks: TwoRanks) -> None:
+    for whole, parts, differ in ranks.run(whole_and_parts, tmp_path, EIGHT_BIT):
+        assert len(whole) == 16 and whole == parts and differ == []
+    assert ranks.run(eight_bit_states, tmp_path / "states", EIGHT_BIT)[0] > 0
 
 
 def test_resumed_at_another_world_size(tmp_path: Path, reference: list[float], ranks: TwoRanks) -> None:
@@ -121,6 +161,28 @@ def _resume_and_stop(folder: Path) -> list[float]:
     run.stops = lambda: [signal.SIGINT] if run.done == 35 and run.rank.number == 1 else []  # one of them is enough
     train(run)
     return [step.loss for step in steps]
+
+
+def test_a_checkpoint_is_whole_before_the_next_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a kill loses two intervals at most: that of a checkpoint that was being written, and what ran meanwhile."""
+    written = threading.Event()
+
+    def describe(*arguments: Any) -> None:
+        assert written.wait(60)
+        _describe(*arguments)
+
+    monkeypatch.setattr("koala_local.finetune.checkpoint._describe", describe)
+    run, steps = make_run(tmp_path, changed(SETTINGS, max_steps=13))
+    training = threading.Thread(target=train, args=(run,))
+    training.start()
+    end = time.monotonic() + 60
+    while len(steps) < 2 * SETTINGS.save_every and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    assert len(steps) == 2 * SETTINGS.save_every and complete(tmp_path) == []
+    written.set()
+    training.join(60)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000010", "step-00000013"]
 
 
 @dataclass(frozen=True)
@@ -163,28 +225,6 @@ def test_a_bad_step_stops_with_its_rows_named(
     assert "step 25 has" in caught.value.message and f"rows [{guilty}]" in caught.value.message
     assert [path.name for path in complete(tmp_path)] == ["step-00000015", "step-00000020"]
     now = weights_of(run)
-def test_a_checkpoint_is_whole_before_the_next_one_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So a kill loses two intervals at most: that of a checkpoint that was being written, and what ran meanwhile."""
-    written = threading.Event()
-
-    def describe(*arguments: Any) -> None:
-        assert written.wait(60)
-        _describe(*arguments)
-
-    monkeypatch.setattr("koala_local.finetune.checkpoint._describe", describe)
-    run, steps = make_run(tmp_path, changed(SETTINGS, max_steps=13))
-    training = threading.Thread(target=train, args=(run,))
-    training.start()
-    end = time.monotonic() + 60
-    while len(steps) < 2 * SETTINGS.save_every and time.monotonic() < end:
-        time.sleep(0.01)
-    time.sleep(0.3)
-    assert len(steps) == 2 * SETTINGS.save_every and complete(tmp_path) == []
-    written.set()
-    training.join(60)
-    assert [path.name for path in complete(tmp_path)] == ["step-00000010", "step-00000013"]
-
-
     assert all(torch.equal(tensor, now[name]) for name, tensor in before[-1].items())
 
 

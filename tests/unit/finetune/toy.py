@@ -73,7 +73,9 @@ def make_run(folder: Path, settings: Settings = SETTINGS, **changes: Any) -> tup
     here = dist.is_initialized()
     rank = Rank(dist.get_rank(), dist.get_world_size(), dist.get_rank()) if here else Rank()
     mesh = init_device_mesh("cpu", (rank.world_size,)) if rank.world_size > 1 else None
-    trainee = build(shape_config(SHAPE, VOCABULARY), None, settings, device=torch.device("cpu"), mesh=mesh)
+    trainee = build(
+        shape_config(settings.model or SHAPE, VOCABULARY), None, settings, device=torch.device("cpu"), mesh=mesh
+    )
     steps: list[Step] = []
     run = Run(
         trainee=trainee,

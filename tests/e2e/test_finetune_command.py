@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from koala_local.finetune.data.tokens import DialogueTokenizer
 
 from koala_local.dialogue import Dialogue, Turn
+from tests.e2e.terminal import CTRL_C, Terminal
 from tests.e2e.test_chat_command import KOALA, koala
 from tests.finetune_runs import SETTINGS, SHAPE, log_lines, losses, make_dialogues, make_tokenizer
 
@@ -93,6 +95,22 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, trained: Path, comm
     result = koala(tmp_path, "finetune", *common, "-o", trained, "--resume")
     assert result.returncode == 1
     assert b"is finished" in result.stderr
+
+
+def test_a_terminal_shows_one_line_that_lives(tmp_path: Path, common: tuple[str | Path, ...]) -> None:
+    line = re.compile(r"^step (\d+)/4000  loss \d\.\d{4}  [\d,]+ tokens/s  \d\.\d GB  \d+:\d\d:\d\d left", re.MULTILINE)
+    long = ("epochs=1000", "max_steps=4000", "save_every=4000")
+    terminal = Terminal(tmp_path / "home", "finetune", *common, *long, "-o", tmp_path / "run", columns=100)
+    try:
+        terminal.wait(lambda: bool(line.search(terminal.text)), "the live line", 120)
+        first = int(line.findall(terminal.text)[0])
+        terminal.wait(lambda: int((line.findall(terminal.text) or [0])[0]) > first, "a later step")
+        assert len(line.findall(terminal.text)) == 1
+        terminal.keys(CTRL_C)
+        assert terminal.end() == 130
+        assert not line.search(terminal.text) and "--resume goes on" in " ".join(terminal.lines)
+    finally:
+        terminal.kill()
 
 
 def free_port() -> int:

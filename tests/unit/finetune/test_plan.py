@@ -236,7 +236,7 @@ print(json.dumps({"measured": resident("VmHWM") - before, "planned": planned.pea
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
-@pytest.mark.parametrize("case", ["selective 2 4 64"])
+@pytest.mark.parametrize("case", ["selective 2 4 64", "none 2 4 64"])
 def test_the_peak_of_a_process_is_the_planned_one(case: str) -> None:
     command = [sys.executable, "-c", _MEASURE, *case.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

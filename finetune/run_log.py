@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from .train import Step
 
 LOG, CURVES = "log.jsonl", "curves.png"
+_WANDB = "api.wandb.ai"
 _PANELS = (
     ("loss", "nats a token"),
     ("learning_rate", ""),
@@ -148,9 +151,18 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 def _start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
-    """A W&B run, where the library is installed and told what to do (WANDB_API_KEY or WANDB_MODE); else None."""
-    if find_spec("wandb") is None or not ({"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys()):
+    """A W&B run, where the library is installed and somebody has set it up; else None: it would ask for a key."""
+    if find_spec("wandb") is None or not _wandb_is_set_up():
         return None
     return import_module("wandb").init(
         project="koala", name=folder.name, dir=str(folder), config=settings, resume="allow"
     )
+
+
+def _wandb_is_set_up() -> bool:
+    """In one of its own ways: WANDB_API_KEY, WANDB_MODE, or the key that `wandb login` writes into the netrc file."""
+    if {"WANDB_API_KEY", "WANDB_MODE"} & os.environ.keys():
+        return True
+    with suppress(OSError, ValueError, RuntimeError, NetrcParseError):
+        return _WANDB in netrc(Path(os.environ.get("NETRC") or "~/.netrc").expanduser()).hosts
+    return False

@@ -68,7 +68,9 @@ def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
     assert board.Scalars("evaluation/perplexity/sharegpt")[0].value == 8.0
 
 
-def test_wandb_where_it_is_set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a W&B that is installed, and not set up, is given: the settings, the steps, "end"."""
     logged: list[Any] = []
     board = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("end"))
 
@@ -77,8 +79,13 @@ def test_wandb_where_it_is_set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return board
 
     monkeypatch.setitem(sys.modules, "wandb", cast(ModuleType, SimpleNamespace(init=init, __spec__="here")))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+    return logged
+
+
+def test_wandb_where_it_is_set_up(tmp_path: Path, logged: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     RunLog(tmp_path / "a").close()
     assert logged == []
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -86,6 +93,28 @@ def test_wandb_where_it_is_set_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     log.step(step(3))
     log.close()
     assert logged[0] == {"seed": 42} and logged[1][0] == 3 and logged[1][1]["loss"] == 1.5 and logged[2] == "end"
+
+
+@pytest.mark.parametrize(
+    ("netrc", "used"),
+    [
+        ("machine api.wandb.ai\n  login user\n  password 0123\n", True),
+        ("machine example.org login user password 0123\n", False),
+        ("default login user password 0123\n", False),
+        ("machine api.wandb.ai what", False),
+        ("", False),
+    ],
+)
+def test_wandb_where_somebody_logged_in(
+    tmp_path: Path, logged: list[Any], monkeypatch: pytest.MonkeyPatch, netrc: str, used: bool
+) -> None:
+    """`wandb login` leaves the key in a netrc file."""
+    (tmp_path / ".netrc").write_text(netrc)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for variable in (str(tmp_path / ".netrc"), ""):
+        monkeypatch.setenv("NETRC", variable)
+        RunLog(tmp_path / "run").close()
+    assert logged == ([{}, "end"] * 2 if used else [])
 
 
 def test_curves(tmp_path: Path) -> None:

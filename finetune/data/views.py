@@ -17,6 +17,7 @@ from .mix import REASONS, Tell
 
 SHOWN = 3  # rows of each source and kind
 _EVERY = 15.0  # seconds between lines where no terminal is
+_NOT_HELD = "NOT DECONTAMINATED: no test set was given (--test-set FILE); evaluations may be on training data."
 _LABELS = {
     "keyword": "keyword",
     "language": "not English",
@@ -75,9 +76,7 @@ def _notes(report: Mapping[str, Any]) -> list[Text]:
         if texts := sum(each.get("texts", 0) for each in report["sources"].values()):
             lines.append(Text(f"Not held against them, since it asks nothing: plain text, {texts:,} documents."))
     else:
-        lines.append(
-            Text("NOT DECONTAMINATED: no test set was given; evaluations may be on training data.", "bold red")
-        )
+        lines.append(Text(_NOT_HELD, "bold red"))
     for each in report["sources"].values():
         lines += [Text(line) for line in (*_closest(each), *_skipped(each))]
     return lines

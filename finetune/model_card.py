@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from koala_local.models.card import UNSTATED
-from koala_local.wording import duration
+from koala_local.wording import as_markdown, duration
 
 from .data.corpus import Manifest
 from .data.packing import PackPlan
@@ -203,10 +203,8 @@ def _quoted(sample: Mapping[str, Any]) -> str:
     return "\n".join(f"    {line}" for line in lines) + "\n"
 
 
-def _plain(text: str | None) -> str:
-    """Text of a file on one line, without what Markdown and HTML take for their own."""
-    kept = "".join(c if c.isprintable() else " " for c in str(text))
-    return "".join(f"\\{c}" if c in "|<>`[]*" else c for c in kept)[:200]
+def _plain(text: object) -> str:
+    return as_markdown(str(text), 200)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

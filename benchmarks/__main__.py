@@ -1,6 +1,6 @@
 """Run the measurements, print one table, and write it to benchmarks/results.md and results.json.
 
-    python -m benchmarks                            all, about half an hour on two quiet cores
+    python -m benchmarks                            all, about 35 minutes on two quiet cores
     python -m benchmarks --quick                    all, short: not for quoting
     python -m benchmarks --only decode --only turns
 The last two write to runs/benchmarks/ instead, and so does the first until it is through without a failure. A

@@ -39,7 +39,7 @@ def run(model: Model, quick: bool) -> list[Row]:
     """Rows for one model."""
     tokens, window = (256, 64) if quick else (3500, 500)
     with closing(BareLoop(model.path, CONTEXT)) as bare, closing(model.endless_engine()) as engine:
-        last = _interleaved(engine, bare, tokens)
+        last = _interleaved(engine, bare, tokens // 3)
     with closing(model.endless_engine()) as engine:
         with closing(BareLoop(model.path, CONTEXT)) as bare:
             slices = _interleaved(engine, bare, tokens)

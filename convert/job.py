@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -112,16 +113,10 @@ def _write_gguf(job: Job, out: Path, kind: str, overrides: tuple[tuple[str, str]
     for note in vocabulary.notes:
         console.note(note)
     importance, calibration = _importance(job)
-    compared: dict[str, Any] = {}
-    with ExitStack() as bar:
-        step = bar.enter_context(console.progress("quantizing", "B"))
+    with _packing(job, "B", kind) as (step, check, compared):
 
         def tell(progress: Progress) -> None:
             step(progress.done, progress.total, progress.tensor)
-
-        def check(written: Path) -> None:
-            bar.close()  # the comparison has bars of its own
-            compared.update(job.compared(written, kind))
 
         made = write_gguf(
             job.checkpoint,
@@ -171,16 +166,10 @@ def quantize_to_gptq(source: Path, options: Options) -> None:
     out = job.out(f"gptq-{options.bits}bit")
     sample = _calibration_sample(job)
     settings = GptqSettings(bits=int(options.bits), group_size=int(options.group_size or 128))
-    compared: dict[str, Any] = {}
-    with ExitStack() as bar:
-        step = bar.enter_context(console.progress("quantizing", "matrix"))
+    with _packing(job, "matrix", f"GPTQ-{options.bits}") as (step, check, compared):
 
         def tell(name: str, done: int, total: int) -> None:
             step(done, total, name)
-
-        def check(written: Path) -> None:
-            bar.close()  # the comparison has bars of its own
-            compared.update(job.compared(written, f"GPTQ-{options.bits}"))
 
         try:
             made = quantize_gptq(
@@ -209,6 +198,22 @@ def quantize_to_gptq(source: Path, options: Options) -> None:
         **compared,
     )
     tell_outcome(report, out, as_json=options.as_json)
+
+
+@contextmanager
+def _packing(
+    job: Job, unit: str, kind: str
+) -> Iterator[tuple[Callable[..., None], Callable[[Path], None], dict[str, Any]]]:
+    """A bar to step, what compares the output when it is written, and what a report then says of it."""
+    compared: dict[str, Any] = {}
+    with ExitStack() as bar:
+        step = bar.enter_context(console.progress("quantizing", unit))
+
+        def check(written: Path) -> None:
+            bar.close()  # the comparison has bars of its own
+            compared.update(job.compared(written, kind))
+
+        yield step, check, compared
 
 
 def _calibration_sample(job: Job) -> Sample:

@@ -17,7 +17,8 @@ from .vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats
 
 WEIGHTS = 256  # of a super-block
 _BLOCK = 3 * WEIGHTS + 12 * 32  # where the packed bytes begin, in vectors
-SCRATCH = _BLOCK + 136
+_WORDS = 136  # of 16 bits, at most: eight blocks of Q8_0
+SCRATCH = _BLOCK + _WORDS
 
 
 @inlined
@@ -31,16 +32,15 @@ def _gather(source: Any, start: int, target: Row) -> None:
 
 
 @inlined
-def _begin(x: Any, importance: Any, scratch: Any, first: int, size: int) -> Scratch:
-    """Fetch the group of super-blocks that starts with number `first`, or the last whole group. Each will have `size`
-    16-bit words."""
+def _begin(x: Any, importance: Any, scratch: Any, first: int) -> Scratch:
+    """Fetch the group of super-blocks that starts with number `first`, or the last whole group."""
     start = min(first * WEIGHTS, x.size - WEIGHTS * LANES)
     row, few = row_of(scratch), row_of(scratch) + 3 * WEIGHTS
     _gather(x, start, row)
     if importance is not None:
         _gather(importance, start % (importance.size - WEIGHTS * LANES), row + WEIGHTS)
     block = row_of(scratch.view(np.int32)) + _BLOCK
-    for i in range(size):
+    for i in range(_WORDS):
         block[i] = 0
     few[11 * 32] = 0
     return Scratch(
@@ -146,7 +146,7 @@ def _with_six_bits(s: Scratch, nmax: int, rmin: float, nstep: int) -> None:
 def q2_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """scales[16], of four bits each for scale and minimum, qs[64], d, dmin"""
     for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first, 42)
+        s = _begin(x, importance, scratch, first)
         _search(s, 16, 3, -0.5, 15)
         d, dmin = _round_scales(s, s.scales, s.ls, 16, 15), _round_scales(s, s.minimums, s.lm, 16, 15)
         for j in range(16):
@@ -161,7 +161,7 @@ def q2_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
 def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """hmask[32], qs[64], scales[12], of six bits each, d"""
     for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first, 55)
+        s = _begin(x, importance, scratch, first)
         sigma2 = 2 * squares(s.x, WEIGHTS) / WEIGHTS
         for j in range(16):
             weigh(s, j, 16, sigma2)
@@ -190,7 +190,7 @@ def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
 def q4_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qs[128]"""
     for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first, 72)
+        s = _begin(x, importance, scratch, first)
         _with_six_bits(s, 15, -1.0, 20)
         _pack(s, 16, 0, 4, 32)
         _end(scratch, first, 72, packed, irregular)
@@ -199,7 +199,7 @@ def q4_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
 def q5_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qh[32], qs[128]"""
     for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first, 88)
+        s = _begin(x, importance, scratch, first)
         _with_six_bits(s, 31, -0.5, 15)
         _pack(s, 16, 4, 1, 32)
         _pack(s, 48, 0, 4, 32)
@@ -209,7 +209,7 @@ def q5_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
 def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """ql[128], qh[64], scales[16], of eight bits each, d"""
     for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first, 105)
+        s = _begin(x, importance, scratch, first)
         for j in range(16):
             for i in range(16):
                 s.w[i] = s.importance[16 * j + i] if importance is not None else s.x[16 * j + i] * s.x[16 * j + i]
@@ -231,7 +231,7 @@ def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
 def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, scales_h, scales_l[4], of six bits each, qs[128]"""
     for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first, 68)
+        s = _begin(x, importance, scratch, first)
         sigma2 = squares(s.x, WEIGHTS) * np.float32(2 / WEIGHTS)
         for j in range(8):
             weigh(s, j, 32, sigma2)
@@ -254,7 +254,7 @@ def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -
 def q8_0(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """eight blocks of d, qs[32], without a search"""
     for first in range(0, irregular.size, LANES):
-        s = _begin(x, None, scratch, first, 136)
+        s = _begin(x, None, scratch, first)
         for j in range(8):
             d = absolute(largest(s.x + 32 * j, 32)) / 127
             require(s, (d > 0) & (1 / d < HUGE))

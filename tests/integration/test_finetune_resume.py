@@ -107,7 +107,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, common: tuple[str | Pat
 def test_a_disk_that_fills_up(tmp_path: Path, common: tuple[str | Path, ...], reference: Path) -> None:
     out = tmp_path / "run"
     training = Training(tmp_path, *common, "-o", out)
-    training.wait_for(out, 7)
+    training.wait_for(out, 11)  # the second checkpoint is begun once the first is whole
     resource.prlimit(training.process.pid or 0, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     status, errors = training.finish()
     assert status == 1

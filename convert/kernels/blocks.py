@@ -16,7 +16,8 @@ from .search import HUGE, Scratch, largest, level, require, squares, weigh
 from .vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats, half_bits, inlined, larger, row_of
 
 WEIGHTS = 256  # of a super-block
-_BLOCK = 3 * WEIGHTS + 12 * 32  # where the packed bytes begin, in vectors
+_STEP = 34  # vectors from one short row of Scratch to the next, of up to 32; 4 kB apart, stores would hold up loads
+_BLOCK = 3 * WEIGHTS + 12 * _STEP  # where the packed bytes begin, in vectors
 _WORDS = 136  # of 16 bits, at most: eight blocks of Q8_0
 SCRATCH = _BLOCK + _WORDS
 
@@ -42,18 +43,18 @@ def _begin(x: Any, importance: Any, scratch: Any, first: int) -> Scratch:
     block = row_of(scratch.view(np.int32)) + _BLOCK
     for i in range(_WORDS):
         block[i] = 0
-    few[11 * 32] = 0
+    few[11 * _STEP] = 0
     return Scratch(
-        row, row + WEIGHTS, row + 2 * WEIGHTS, few, few + 32, few + 2 * 32, few + 3 * 32, few + 4 * 32, few + 5 * 32,
-        few + 6 * 32, few + 7 * 32, few + 8 * 32, few + 9 * 32, few + 10 * 32, few + 11 * 32, block,
-        importance is not None,
+        row, row + WEIGHTS, row + 2 * WEIGHTS, few, few + _STEP, few + 2 * _STEP, few + 3 * _STEP, few + 4 * _STEP,
+        few + 5 * _STEP, few + 6 * _STEP, few + 7 * _STEP, few + 8 * _STEP, few + 9 * _STEP, few + 10 * _STEP,
+        few + 11 * _STEP, block, importance is not None,
     )  # fmt: skip
 
 
 @inlined
 def _end(scratch: Any, first: int, size: int, packed: Any, irregular: Any) -> None:
     """Write the group."""
-    flags, words = scratch[(_BLOCK - 32) * LANES :], scratch[_BLOCK * LANES :].view(np.int32)
+    flags, words = scratch[(_BLOCK - _STEP) * LANES :], scratch[_BLOCK * LANES :].view(np.int32)
     for lane in range(LANES):
         block = min(first, irregular.size - LANES) + lane
         irregular[block] = flags[lane] != 0

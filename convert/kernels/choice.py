@@ -136,7 +136,8 @@ def _packer(compiled: Callable[..., None]) -> Pack:
             return ggml.pack(rows, type_, importance)
         blocks = rows.reshape(-1, WEIGHTS)
         packed = np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8)
-        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty(SCRATCH * LANES, np.float32)
+        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty((SCRATCH + 1) * LANES, np.float32)
+        scratch = scratch[-scratch.ctypes.data // 4 % LANES :]  # no vector lies across two cache lines
         weights = None if importance is None else np.resize(importance, len(importance) + LANES * WEIGHTS)
         compiled(rows.reshape(-1), weights, packed.reshape(-1).view(np.uint16), irregular, scratch)
         columns = 1 if importance is None else len(importance) // WEIGHTS

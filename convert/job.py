@@ -19,7 +19,7 @@ from .outcome import tell_outcome
 from .proof import prove, source_tokenizer
 from .recover import sum_checkpoint
 from .report import Report, card_fit
-from .sources.checkpoint import open_checkpoint
+from .sources.checkpoint import located, open_checkpoint
 
 if TYPE_CHECKING:
     from .sources.architecture import Checkpoint
@@ -89,6 +89,7 @@ class Job:
 
 def open_job(source: Path, options: Options) -> Job:
     """Read the headers; no weights yet."""
+    source = located(source)
     checkpoint = open_checkpoint(source)
     if options.base:
         checkpoint = sum_checkpoint(open_checkpoint(options.base), checkpoint)

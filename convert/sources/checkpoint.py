@@ -27,6 +27,7 @@ def open_checkpoint(path: Path, *, head_size: int | None = None) -> Checkpoint:
 
     `head_size` is for EasyLM's stream only, which does not say it; 128 is assumed. Raises ModelFileError."""
     try:
+        path = located(path)
         if path.is_dir():
             return _open_folder(path)
         if not path.is_file():
@@ -36,16 +37,22 @@ def open_checkpoint(path: Path, *, head_size: int | None = None) -> Checkpoint:
         raise ModelFileError(f"{str(path)!r} cannot be read: {error.strerror}", "check its permissions") from None
 
 
+def located(path: Path) -> Path:
+    """The file that stands for a folder with one GGUF and no other checkpoint; any other path as it is. Raises
+    ModelFileError for a folder with several."""
+    if not path.is_dir() or (path / "config.json").exists() or list(path.glob("consolidated.*.pth")):
+        return path
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) > 1:
+        raise ModelFileError(f"{str(path)!r} holds {len(ggufs)} .gguf files", "give the path of one of them")
+    return ggufs[0] if ggufs else path
+
+
 def _open_folder(folder: Path) -> Checkpoint:
     if (folder / "config.json").exists():
         return open_folder(folder)
     if (folder / "params.json").exists() and (folder / "consolidated.00.pth").exists():
         return open_meta(folder)
-    ggufs = sorted(folder.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return open_gguf_checkpoint(ggufs[0])
-    if ggufs:
-        raise ModelFileError(f"{str(folder)!r} holds {len(ggufs)} .gguf files", "give the path of one of them")
     if list(folder.glob("consolidated.*.pth")):
         missing = "consolidated.00.pth" if (folder / "params.json").exists() else "params.json"
         raise ModelFileError(f"{missing} is missing from {str(folder)!r}", "download that file too")

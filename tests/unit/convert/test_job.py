@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from koala_local.convert.job import Options, _calibration_sample, open_job, quantize_to_gguf, quantize_to_gptq
+from koala_local.convert.job import (
+    Options,
+    _calibration_sample,
+    _vocabulary,
+    open_job,
+    quantize_to_gguf,
+    quantize_to_gptq,
+)
 
 from koala_local.errors import KoalaError
+from koala_local.nano import MODEL_PATH
 from tests.checkpoint_maker import make_hf
 
 
@@ -73,6 +81,18 @@ def test_what_a_sample_takes_is_said_before_the_work(
     cost = r"[\d,]+ tokens, about [\d.]+ (s|min|h), at most about [\d.]+ [MG]B of memory"
     with pytest.raises(Working, match=f"{sample}.*; {cost}"):
         (quantize_to_gptq if wanted.layout == "gptq" else quantize_to_gguf)(folder, wanted)
+
+
+def test_a_folder_with_one_gguf_stands_for_the_file(tmp_path: Path) -> None:
+    only = tmp_path / "downloaded" / "small.gguf"
+    only.parent.mkdir()
+    only.symlink_to(MODEL_PATH)
+    job = open_job(only.parent, options())
+    assert (job.source, job.out("q4_k_m.gguf").name) == (only, "small-q4_k_m.gguf")
+    assert len(_vocabulary(job).tokens) == job.checkpoint.config.vocabulary_size
+    (only.parent / "other.gguf").symlink_to(MODEL_PATH)
+    with pytest.raises(KoalaError, match=r"holds 2 \.gguf files"):
+        open_job(only.parent, options())
 
 
 def test_a_folder_is_no_place_for_a_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ _EXISTING = click.Path(exists=True, path_type=Path)
 @click.command(short_help="Make a model of 2 to 8 bits a weight from a checkpoint.")
 @click.argument("source", type=_EXISTING)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The file to write; default: named after SOURCE.")
-@click.option("--bits", type=click.Choice(_BITS), default="4", help="Bits a weight; picks the recommended type.")
+@click.option("--bits", type=click.Choice(_BITS), help="Bits a weight; picks the recommended type; default: 4.")
 @click.option("--format", "layout", type=click.Choice(["gguf", "gptq"]), default="gguf", help="GPTQ is a folder.")
 @click.option(
     "--group-size", type=click.Choice(["32", "64", "128", "-1"]), help="GPTQ: weights per scale; default: 128."
@@ -42,6 +42,8 @@ def quantize(source: Path, **options: Any) -> None:
     gptq = options["layout"] == "gptq"
     if options["calibration"] and options["imatrix"]:
         raise click.UsageError("--calibration and --imatrix exclude each other")
+    if options["bits"] and options["kind"]:
+        raise click.UsageError("--bits picks a type, and --type names one: give one of them")
     if options["group_size"] and not gptq:
         raise click.UsageError("--group-size is for --format gptq; a GGUF type has its own")
     if gptq and (options["kind"] or options["imatrix"] or options["overrides"] or options["bits"] in ("5", "6")):
@@ -72,14 +74,15 @@ def recover(base: Path, diff: Path, output: Path, tokenizer: Path | None, dtype:
     from .recover import recover as recover_checkpoint
     from .sources.checkpoint import open_checkpoint
 
+    llama = open_checkpoint(base)
     with console.progress("adding", "B") as step:
 
         def tell(tensor: str, done: int, total: int) -> None:
             step(done, total, tensor)
 
         made = recover_checkpoint(
-            open_checkpoint(base),
-            open_checkpoint(diff),
+            llama,
+            open_checkpoint(diff, head_size=llama.config.head_size),
             output,
             tokenizer_folder=tokenizer,
             dtype=dtype,

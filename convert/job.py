@@ -15,16 +15,18 @@ from koala_local.models.reference import name_of
 
 from .calibration import Sample, builtin_calibration, make_sample, read_texts
 from .estimate import estimate
-from .outcome import tell_outcome
+from .outcome import report_files, save_report, tell_outcome
 from .proof import prove, source_tokenizer
 from .recover import sum_checkpoint
 from .report import Report, card_fit
 from .sources.checkpoint import located, open_checkpoint
 
 if TYPE_CHECKING:
+    from .gptq.matrix import GptqSettings
     from .sources.architecture import Checkpoint
     from .vocabulary.read import Vocabulary
 
+_BITS = "4"  # where neither they nor a type are asked for
 _SAMPLE, _GPTQ_SAMPLE = (512, 64), (2048, 128)  # tokens of a calibration sequence, sequences at most
 
 
@@ -33,7 +35,7 @@ class Options:
     """As the command line has them."""
 
     output: Path | None
-    bits: str
+    bits: str | None
     layout: Literal["gguf", "gptq"]
     group_size: str | None
     kind: str | None
@@ -64,13 +66,16 @@ class Job:
         return name_of(path) if path.is_dir() else path.stem
 
     def out(self, ending: str) -> Path:
-        """Where the output goes. Raises KoalaError when something is there that may not be replaced."""
-        path = self.options.output or Path(f"{self.stem}-{ending}")
-        if self.options.layout == "gguf" and path.is_dir():
+        """Where the output goes. Raises KoalaError when something is there, or where the report goes, that may not be
+        replaced."""
+        path, folder = self.options.output or Path(f"{self.stem}-{ending}"), self.options.layout == "gptq"
+        if not folder and path.is_dir():
             hint = f"name the file: -o {path / self.stem}-{ending}"
             raise KoalaError(f"{path} is a folder, and a GGUF is one file", hint)
-        if path.exists() and not self.options.force:
-            raise KoalaError(f"{path} exists already", "give another name with -o, or --force to replace it")
+        for taken in (path, *report_files(path, folder=folder)):
+            if taken.exists() and not self.options.force:
+                what = "" if taken == path else ", and the report would replace it"
+                raise KoalaError(f"{taken} exists already{what}", "give another name with -o, or --force to replace it")
         return path
 
     def compared(self, written: Path, kind: str) -> dict[str, Any]:
@@ -82,7 +87,8 @@ class Job:
 
     def report(self, name: str, *, size: int, **figures: Any) -> Report:
         config = self.checkpoint.config
-        fits = card_fit(size, config)
+        gguf = self.options.layout == "gguf"  # else chat's own engine runs it, whose cache is in 16 bits
+        fits = card_fit(size, config) if gguf else card_fit(size, config, kv_types=("f16",))
         name = config.name or name
         return Report(name=name, licence=config.licence, source=self.stem, size=size, fits=fits, **figures)
 
@@ -90,36 +96,68 @@ class Job:
 def open_job(source: Path, options: Options) -> Job:
     """Read the headers; no weights yet."""
     source = located(source)
-    checkpoint = open_checkpoint(source)
     if options.base:
-        checkpoint = sum_checkpoint(open_checkpoint(options.base), checkpoint)
+        base = open_checkpoint(options.base)
+        checkpoint: Checkpoint = sum_checkpoint(base, open_checkpoint(source, head_size=base.config.head_size))
+    else:
+        checkpoint = open_checkpoint(source)
     return Job(source, options, checkpoint, options.tokenizer or checkpoint.tokenizer_folder)
 
 
 def quantize_to_gguf(source: Path, options: Options) -> None:
-    """Write a GGUF file, and tell the outcome."""
-    from .gguf.kquants import kind_for_bits, parse_overrides
+    """Write a GGUF file with its report, and tell the outcome."""
+    from .gguf.kquants import checked_kind, kind_for_bits, parse_overrides
+    from .gguf.write import plan_gguf
 
-    kind = (options.kind or kind_for_bits(int(options.bits))).upper()
+    kind = checked_kind(options.kind) if options.kind else kind_for_bits(int(options.bits or _BITS))
     overrides = parse_overrides(options.overrides)
     job = open_job(source, options)
     out = job.out(f"{kind.lower()}.gguf")
-    tell_outcome(_write_gguf(job, out, kind, overrides), out, as_json=options.as_json)
-
-
-def _write_gguf(job: Job, out: Path, kind: str, overrides: tuple[tuple[str, str], ...]) -> Report:
-    from .gguf.write import Progress, write_gguf
-
     vocabulary = _vocabulary(job)
     for note in vocabulary.notes:
         console.note(note)
-    importance, calibration = _importance(job)
-    with _packing(job, "B", kind) as (step, check, compared):
+    weighed = bool(options.imatrix or options.calibration)
+    plan_gguf(job.checkpoint, vocabulary, out, kind, overrides, importance=weighed, force=options.force)
+    matrix = _importance(job)  # may take hours: what can be refused was refused before
+    report = _write_gguf(job, vocabulary, out, kind, overrides, *matrix)
+    tell_outcome(report, out, report_files(out, folder=False), as_json=options.as_json)
+
+
+def _write_gguf(
+    job: Job,
+    vocabulary: Vocabulary,
+    out: Path,
+    kind: str,
+    overrides: tuple[tuple[str, str], ...],
+    importance: Any,
+    calibration: str,
+) -> Report:
+    from .gguf.write import Progress, write_gguf
+    from .gguf.write import Report as Written
+
+    report: Report
+    with _packing(job, "B", kind) as (step, compared):
 
         def tell(progress: Progress) -> None:
             step(progress.done, progress.total, progress.tensor)
 
-        made = write_gguf(
+        def finish(written: Path, made: Written) -> None:
+            nonlocal report
+            report = job.report(
+                out.stem,
+                format="GGUF",
+                kind=kind,
+                size=made.size,
+                parameters=made.parameters,
+                bits_per_weight=made.bits_per_weight,
+                calibration=calibration,
+                notes=made.notes,
+                kernels=made.kernels,
+                **compared(written),
+            )
+            save_report(report, report_files(out, folder=False))
+
+        write_gguf(
             job.checkpoint,
             vocabulary,
             out,
@@ -128,21 +166,10 @@ def _write_gguf(job: Job, out: Path, kind: str, overrides: tuple[tuple[str, str]
             importance=importance,
             threads=job.options.threads,
             progress=tell,
-            check=check,
+            check=finish,
             force=job.options.force,
         )
-    return job.report(
-        out.stem,
-        format="GGUF",
-        kind=kind,
-        size=made.size,
-        parameters=made.parameters,
-        bits_per_weight=made.bits_per_weight,
-        calibration=calibration,
-        notes=made.notes,
-        kernels=made.kernels,
-        **compared,
-    )
+    return report
 
 
 def _importance(job: Job) -> tuple[Any, str]:
@@ -159,62 +186,74 @@ def _importance(job: Job) -> tuple[Any, str]:
 
 
 def quantize_to_gptq(source: Path, options: Options) -> None:
-    """Write a GPTQ folder, and tell the outcome; goes on behind the layers that are done."""
-    from .gptq.checkpoint import quantize_gptq
+    """Write a GPTQ folder with its report, and tell the outcome; goes on behind the layers that are done."""
     from .gptq.matrix import GptqSettings
 
-    job = open_job(source, options)
-    out = job.out(f"gptq-{options.bits}bit")
+    job, bits = open_job(source, options), options.bits or _BITS
+    out = job.out(f"gptq-{bits}bit")
+    if job.folder is None:
+        raise KoalaError(
+            f"{job.source} has no tokenizer files, and a GPTQ folder needs them",
+            "name their folder with --tokenizer FOLDER",
+        )
+    report = _write_gptq(job, out, GptqSettings(bits=int(bits), group_size=int(options.group_size or 128)))
+    tell_outcome(report, out, report_files(out, folder=True), as_json=options.as_json)
+
+
+def _write_gptq(job: Job, out: Path, settings: GptqSettings) -> Report:
+    from .gptq.checkpoint import GptqResult, quantize_gptq
+
     sample = _calibration_sample(job)
-    settings = GptqSettings(bits=int(options.bits), group_size=int(options.group_size or 128))
-    with _packing(job, "matrix", f"GPTQ-{options.bits}") as (step, check, compared):
+    parameters = sum(prod(tensor.shape) for tensor in job.checkpoint.tensors.values())
+    report: Report
+    with _packing(job, "matrix", f"GPTQ-{settings.bits}") as (step, compared):
 
         def tell(name: str, done: int, total: int) -> None:
             step(done, total, name)
 
+        def finish(written: Path, made: GptqResult) -> None:
+            nonlocal report
+            report = job.report(
+                out.name,
+                format="GPTQ",
+                kind=f"{settings.bits} bits, groups of {settings.group_size}",
+                size=made.size,
+                parameters=parameters,
+                bits_per_weight=8 * made.size / parameters,
+                calibration=str(sample),
+                notes=made.notes,
+                **compared(written),
+            )
+            save_report(report, report_files(written, folder=True))
+
         try:
-            made = quantize_gptq(
+            quantize_gptq(
                 job.checkpoint,
                 sample.batches(),
                 out,
                 settings,
                 tokenizer_folder=job.folder,
-                force=options.force,
+                force=job.options.force,
                 progress=tell,
-                check=check,
+                check=finish,
             )
         except (KeyboardInterrupt, Interrupted):
             console.note("stopped; the same command goes on behind the layers that are done")
             raise
-    parameters = sum(prod(tensor.shape) for tensor in job.checkpoint.tensors.values())
-    report = job.report(
-        out.name,
-        format="GPTQ",
-        kind=f"{options.bits} bits, groups of {settings.group_size}",
-        size=made.size,
-        parameters=parameters,
-        bits_per_weight=8 * made.size / parameters,
-        calibration=str(sample),
-        notes=made.notes,
-        **compared,
-    )
-    tell_outcome(report, out, as_json=options.as_json)
+    return report
 
 
 @contextmanager
-def _packing(
-    job: Job, unit: str, kind: str
-) -> Iterator[tuple[Callable[..., None], Callable[[Path], None], dict[str, Any]]]:
-    """A bar to step, what compares the output when it is written, and what a report then says of it."""
-    compared: dict[str, Any] = {}
+def _packing(job: Job, unit: str, kind: str) -> Iterator[tuple[Callable[..., None], Callable[[Path], dict[str, Any]]]]:
+    """A bar to step, and what compares the output when it is written: it returns what a report says of that."""
     with ExitStack() as bar:
         step = bar.enter_context(console.progress("quantizing", unit))
 
-        def check(written: Path) -> None:
+        def compared(written: Path) -> dict[str, Any]:
             bar.close()  # the comparison has bars of its own
-            compared.update(job.compared(written, kind))
+            return job.compared(written, kind)
 
-        yield step, check, compared
+        yield step, compared
 
 
 def _calibration_sample(job: Job) -> Sample:

@@ -1,4 +1,4 @@
-"""What is told of a finished output: its report and its card beside it, and the outcome on the screen."""
+"""What is told of an output: its report and its card beside it, and the outcome on the screen."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ if TYPE_CHECKING:
     from .report import Report
 
 
-def tell_outcome(report: Report, out: Path, *, as_json: bool) -> None:
-    """Write the report beside a file, or inside a folder, as JSON and as a model card; say it on the screen."""
-    stem = out / "quantization" if out.is_dir() else out.with_suffix("")
-    card = out / "README" if out.is_dir() else stem
-    texts = {
-        stem.with_name(f"{stem.name}.json"): report.to_json(),
-        card.with_name(f"{card.name}.md"): report.model_card(),
-    }
-    for path, text in texts.items():
+def report_files(out: Path, *, folder: bool) -> tuple[Path, Path]:
+    """Where the report and the model card of an output lie: inside a folder, or beside a file."""
+    if folder:
+        return out / "quantization.json", out / "README.md"
+    stem = out.with_suffix("").name
+    return out.with_name(f"{stem}.json"), out.with_name(f"{stem}.md")
+
+
+def save_report(report: Report, files: tuple[Path, Path]) -> None:
+    """Write the report and the card. Raises OSError."""
+    for path, text in zip(files, (report.to_json(), report.model_card()), strict=True):
         write_whole(path, [text.encode()])
+
+
+def tell_outcome(report: Report, out: Path, files: tuple[Path, Path], *, as_json: bool) -> None:
+    """Say on the screen what was written."""
     if as_json:
         console.out(report.to_json().rstrip("\n"))
         return
@@ -38,4 +44,4 @@ def tell_outcome(report: Report, out: Path, *, as_json: bool) -> None:
             f"{fit.total:.1f} GiB with {fit.context} tokens of {fit.kv_type} KV cache: "
             + (f"fits cards of {cards} GB" if cards else "fits no card up to 24 GB")
         )
-    console.note(f"report and model card: {', '.join(str(path) for path in texts)}")
+    console.note(f"report and model card: {', '.join(map(str, files))}")

@@ -65,7 +65,7 @@ def _held_sample(config: ModelConfig, tokenizer: Tokenizer, *, unpacked: int) ->
     """As much of the held text as the source and the output read in a few minutes. The output's pass is counted like
     the source's (llama.cpp's products on a CPU are about as fast as those in float32) and, on top, what it takes to
     unpack so many weights for every few tokens."""
-    length = min(_HELD_LENGTH, config.context)
+    length = min(_HELD_LENGTH, config.context, config.sliding_window or _HELD_LENGTH)  # a GGUF attends to all of it
     unpacking = unpacked * _UNPACK_SECONDS * ceil(length / _UNPACK_TOKENS)  # for each sequence
     seconds = 2 * estimate(config, length, length).seconds + unpacking
     most = min(64, max(1, int(_VERIFY_SECONDS / max(seconds, 1e-3))))

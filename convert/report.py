@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from koala_local.models.configuration import ModelConfig
@@ -44,17 +45,20 @@ class CardFit:
         return self.weights + self.kv_cache + self.compute
 
 
-def card_fit(weight_bytes: int, config: ModelConfig, context: int = 2048) -> tuple[CardFit, ...]:
-    """What a model of `weight_bytes` needs on a GPU, with a KV cache in f16 and in q8_0. The compute part is an
+def card_fit(
+    weight_bytes: int, config: ModelConfig, context: int = 2048, kv_types: Iterable[str] = tuple(_KV_BYTES)
+) -> tuple[CardFit, ...]:
+    """What a model of `weight_bytes` needs on a GPU, with a KV cache of each of the types. The compute part is an
     estimate: the logits and the widest activations of one micro-batch, and the runtime."""
     numbers = 2 * config.layers * config.kv_heads * config.head_size * context
     widest = config.vocabulary_size + 2 * config.feed_forward_size + 4 * config.hidden_size
     compute = (_RUNTIME + 4 * min(_MICRO_BATCH, context) * widest) / _GIB
     fits = []
-    for kv_type, width in _KV_BYTES.items():
-        total = weight_bytes / _GIB + numbers * width / _GIB + compute
+    for kv_type in kv_types:
+        kv_cache = numbers * _KV_BYTES[kv_type] / _GIB
+        total = weight_bytes / _GIB + kv_cache + compute
         cards = tuple(card for card in CARDS if total <= card - _RESERVED)
-        fits.append(CardFit(kv_type, context, weight_bytes / _GIB, numbers * width / _GIB, compute, cards))
+        fits.append(CardFit(kv_type, context, weight_bytes / _GIB, kv_cache, compute, cards))
     return tuple(fits)
 
 

@@ -58,6 +58,13 @@ def kind_for_bits(bits: int) -> str:
     return RECOMMENDED[bits]
 
 
+def checked_kind(name: str) -> str:
+    """The mix of that name, as BASE_TYPES has it. Raises KoalaError for an unknown one."""
+    if name.upper() not in BASE_TYPES:
+        raise KoalaError(f"unknown quantization type {name!r}", f"choose from {', '.join(BASE_TYPES)}")
+    return name.upper()
+
+
 def parse_overrides(specifications: Iterable[str]) -> tuple[tuple[str, str], ...]:
     """`PATTERN=TYPE` words as (pattern, type) pairs. Raises KoalaError for a bad pattern or an unknown type.
 
@@ -94,9 +101,7 @@ def tensor_types(
     mixes ask. The first override that matches decides; norms, biases and other vectors stay F32. Raises KoalaError for
     an unknown mix, or an override that matches nothing.
     """
-    if kind not in BASE_TYPES:
-        raise KoalaError(f"unknown quantization type {kind!r}", f"choose from {', '.join(BASE_TYPES)}")
-    mix = _Mix(kind, config, tied="output.weight" not in tensors, importance=importance)
+    mix = _Mix(checked_kind(kind), config, tied="output.weight" not in tensors, importance=importance)
     patterns = [(re.compile(pattern), type_) for pattern, type_ in overrides]
     used: set[str] = set()
     chosen = {}

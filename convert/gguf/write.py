@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from koala_local import wording
-from koala_local.disk import FULL, replacing
+from koala_local.disk import FULL, nearest, replacing
 from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models.configuration import ModelConfig
 
@@ -77,35 +77,56 @@ def write_gguf(
     importance: Mapping[str, NDArray[np.float32]] | None = None,
     threads: int | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
-    check: Callable[[Path], None] = lambda _: None,
+    check: Callable[[Path, Report], None] = lambda _, __: None,
     force: bool = False,
 ) -> Report:
     """Write `source` as a GGUF of type `kind` and say what was written.
 
     `overrides` are (pattern, type) pairs (`kquants.parse_overrides`), `importance` maps GGUF names to one weight per
     column. The file appears under its final name when it is whole and on disk, never before; `check` may look at it
-    until then, and where it raises nothing is left. Raises KoalaError for an existing output without `force`, a full
-    disk or an unknown type, ModelFileError for a checkpoint that cannot be written.
+    until then, and where it raises nothing is left. Raises as `plan_gguf`, KoalaError when the disk fills up, and
+    ModelFileError for weights that cannot be written.
     """
-    if out.exists() and not force:
-        raise KoalaError(f"{out} exists already", "give another name with -o, or --force to replace it")
-    plan = plan_tensors(source, kind, overrides, importance=importance is not None)
-    _check_rows(plan, vocabulary)
+    plan = plan_gguf(source, vocabulary, out, kind, overrides, importance=importance is not None, force=force)
     matched = _matching_importance(plan, importance or {})
     kernels = choose_kernels(_weights_by_type(plan, matched))
     with _partial_file(out) as partial:
         writer = gguf.GGUFWriter(partial, "llama")
         write_metadata(writer, source.config, vocabulary, kind, name=source.config.name or out.stem)
-        size = _write_head(writer, plan, partial, out)
+        size = _write_head(writer, plan, partial)
         assert writer.fout is not None
         with writer.fout[0] as file:
             pipeline = _Pipeline(source, matched, kernels, threads or os.cpu_count() or 1)
             pipeline.run(plan, file, progress)
             file.flush()
             os.fsync(file.fileno())  # here a full disk still has its own message
-        check(partial)
-    notes = (*vocabulary.notes, *_notes(plan, source.config, kind, matched, importance))
-    return _report(out, kind, size, plan, notes, notes_of(kernels))
+        notes = (*vocabulary.notes, *_notes(plan, source.config, kind, matched, importance))
+        report = _report(out, kind, size, plan, notes, notes_of(kernels))
+        check(partial, report)
+    return report
+
+
+def plan_gguf(
+    source: Checkpoint,
+    vocabulary: Vocabulary,
+    out: Path,
+    kind: str,
+    overrides: Sequence[tuple[str, str]] = (),
+    *,
+    importance: bool,
+    force: bool = False,
+) -> list[PlannedTensor]:
+    """Every tensor of the output in file order, of no weight of which anything is read yet. Raises KoalaError for an
+    existing output without `force`, a disk without room or an unknown type, ModelFileError for a checkpoint that cannot
+    be written."""
+    if out.exists() and not force:
+        raise KoalaError(f"{out} exists already", "give another name with -o, or --force to replace it")
+    plan = plan_tensors(source, kind, overrides, importance=importance)
+    _check_rows(plan, vocabulary)
+    needed, free = sum(_padded(_tensor_bytes(tensor)) for tensor in plan), shutil.disk_usage(nearest(out.parent)).free
+    if needed > free:
+        raise _no_space(out, f"it takes {wording.size(needed)} and {wording.size(free)} are free")
+    return plan
 
 
 def _check_rows(plan: Sequence[PlannedTensor], vocabulary: Vocabulary) -> None:
@@ -137,6 +158,7 @@ def _partial_file(out: Path) -> Iterator[Path]:
     """What becomes `out` when the block ends, as with `replacing`; its errors as a KoalaError."""
     with ExitStack() as stack:
         try:
+            out.parent.mkdir(parents=True, exist_ok=True)
             partial = stack.enter_context(replacing(out, seconds=0))
         except BlockingIOError:
             raise KoalaError(f"another run is writing {out}", "wait for it, or choose another name with -o") from None
@@ -157,9 +179,8 @@ def _no_space(out: Path, reason: str) -> KoalaError:
     )
 
 
-def _write_head(writer: gguf.GGUFWriter, plan: Sequence[PlannedTensor], partial: Path, out: Path) -> int:
-    """Write everything before the tensors and return the size that the file will have. Raises KoalaError, which names
-    `out`, when the disk has no room for the rest."""
+def _write_head(writer: gguf.GGUFWriter, plan: Sequence[PlannedTensor], partial: Path) -> int:
+    """Write everything before the tensors and return the size that the file will have."""
     for tensor in plan:
         number = gguf.GGMLQuantizationType[tensor.type]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), _tensor_bytes(tensor), number)
@@ -170,11 +191,7 @@ def _write_head(writer: gguf.GGUFWriter, plan: Sequence[PlannedTensor], partial:
     writer.write_padding(writer.fout[0], writer.fout[0].tell())
     writer.fout[0].flush()
     head = writer.fout[0].tell()
-    rest = sum(_padded(_tensor_bytes(tensor)) for tensor in plan)
-    free = shutil.disk_usage(partial.parent).free
-    if rest > free:
-        raise _no_space(out, f"it takes {wording.size(head + rest)} and {wording.size(free)} are free")
-    return head + rest
+    return head + sum(_padded(_tensor_bytes(tensor)) for tensor in plan)
 
 
 def _tensor_bytes(tensor: PlannedTensor) -> int:

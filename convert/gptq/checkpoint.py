@@ -97,12 +97,12 @@ def quantize_gptq(
     force: bool = False,
     compute: Compute | None = None,
     progress: Progress | None = None,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path, GptqResult], None] = lambda _, __: None,
 ) -> GptqResult:
     """Write `checkpoint` to the new folder `out`, its linear layers quantized on `batches` of calibration tokens,
     (batch, tokens) each. With `force` an existing `out` is replaced once the new one is complete, and what another run
     left is thrown away. Computes on the GPU where there is one, unless `compute` says otherwise. `check` may look at
-    the complete folder before it gets its name; where it raises VerificationError, nothing is left of it.
+    the complete folder, and add to it, before it gets its name; where it raises VerificationError, nothing is left.
 
     Raises ModelFileError for what is wrong with the checkpoint, KoalaError when `out` exists, when a run with other
     settings was stopped here, or when nothing can be written."""
@@ -113,7 +113,7 @@ def quantize_gptq(
     if out.exists() and not force:
         raise KoalaError(f"{str(out)!r} exists already", "give another folder, or --force to replace it")
     if folder is None or not has_tokenizer(folder):
-        raise ModelFileError("the checkpoint comes without tokenizer files", "name a folder that has them")
+        raise ModelFileError("the checkpoint comes without tokenizer files", "name their folder with --tokenizer")
     _check(checkpoint, settings)
     manifest = _manifest(checkpoint, batches, settings, compute)
     partial = out.with_name(f"{out.name}.partial")
@@ -121,9 +121,8 @@ def quantize_gptq(
         open_partial(partial, manifest, force)
         run = _Run(checkpoint, settings, compute, partial, progress)
         run.layers(batches)
-        size = run.finish(folder)
-        if check:
-            check(partial)
+        made = GptqResult(out, run.finish(folder), run.resumed, run.errors, run.damped)
+        check(partial, made)
         publish(partial, out)
     except VerificationError:
         shutil.rmtree(partial)
@@ -135,7 +134,7 @@ def quantize_gptq(
     except OSError as error:
         what = f"{str(out)!r} cannot be written: {error.strerror or error}"
         raise KoalaError(what, "free some space or check the folder, then run the same command: it goes on") from None
-    return GptqResult(out, size, run.resumed, run.errors, run.damped)
+    return made
 
 
 def default_compute() -> Compute:

@@ -25,7 +25,7 @@ _GGML_MAGICS = (b"GGUF", b"lmgg", b"fmgg", b"tjgg")  # the last three: before GG
 def open_checkpoint(path: Path, *, head_size: int | None = None) -> Checkpoint:
     """The checkpoint at `path`, a folder or a file, opened and checked; its tensors are read later, on demand.
 
-    `head_size` is for EasyLM's stream only, which does not say it; 128 is assumed. Raises ModelFileError."""
+    `head_size` is for EasyLM's stream only, which does not say it. Raises ModelFileError."""
     try:
         path = located(path)
         if path.is_dir():

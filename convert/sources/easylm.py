@@ -34,7 +34,7 @@ _OUTSIDE = {
     "transformer/ln_f/kernel": "model.norm",
     "lm_head/kernel": "lm_head",
 }
-_HEAD_SIZE = 128  # of every LLaMA up to 65B
+_HEAD_SIZES = {2048: 128, 3200: 100, 4096: 128, 5120: 128, 6656: 128, 8192: 128}  # of EasyLM's 1B to 65B, by width
 _GROUP = 256  # rows of a kernel gathered at a time while it is transposed
 _HINT = "the stream must hold the parameters of one LLaMA"
 
@@ -46,7 +46,7 @@ def looks_like_stream(start: bytes) -> bool:
 
 def open_easylm(path: Path, head_size: int | None = None) -> FileCheckpoint:
     """The checkpoint in the stream. It has no configuration: sizes come from the shapes, the rest is LLaMA 1's.
-    `head_size` where it is not 128. Raises ModelFileError."""
+    `head_size` is needed where the model is none of EasyLM's own sizes. Raises ModelFileError."""
     file = MappedFile(path)
     stored: dict[str, Stored] = {}
     for array in arrays(file, {name: ITEM_BYTES[type_] for name, type_ in _TYPES.items()}):
@@ -54,7 +54,7 @@ def open_easylm(path: Path, head_size: int | None = None) -> FileCheckpoint:
         if name in stored:
             raise ModelFileError(f"{file.name} holds {name[:100]!r} twice", _HINT)
         stored[name] = _stored(file, array)
-    config = _config(stored, path, head_size or _HEAD_SIZE)
+    config = _config(stored, path, head_size)
     for name in stored:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             stored[name] = rotary_halves(stored[name], config.head_size)
@@ -118,14 +118,18 @@ def _flat(file: MappedFile, array: Array, dtype: str, start: int, stop: int) -> 
     return np.concatenate(held) if held else np.empty(0, raw_type(dtype))
 
 
-def _config(stored: Mapping[str, Stored], path: Path, head_size: int) -> ModelConfig:
+def _config(stored: Mapping[str, Stored], path: Path, head_size: int | None) -> ModelConfig:
     rows, hidden = _matrix("model.embed_tokens.weight", stored, path)
     queries, _ = _matrix("model.layers.0.self_attn.q_proj.weight", stored, path)
     keys, _ = _matrix("model.layers.0.self_attn.k_proj.weight", stored, path)
     feed_forward, _ = _matrix("model.layers.0.mlp.gate_proj.weight", stored, path)
+    head_size = head_size or _HEAD_SIZES.get(hidden)
+    if head_size is None:
+        what = f"{path.name} does not say how large its attention heads are, and no LLaMA is {hidden} wide"
+        raise ModelFileError(what, "convert it to a Hugging Face folder first, whose config.json says it")
     if queries % head_size or keys % head_size or head_size % 2:
-        what = f"{path.name}: a head of {head_size} does not divide the {queries} rows of its queries"
-        raise ModelFileError(what, "give the size of the model's attention heads, which the stream does not hold")
+        what = f"{path.name}: heads of {head_size} do not divide its {queries} rows of queries and {keys} of keys"
+        raise ModelFileError(what, "the stream must be of the same model as the base, or of a LLaMA")
     layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
     return ModelConfig(
         architecture="LlamaForCausalLM",

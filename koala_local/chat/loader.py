@@ -95,6 +95,8 @@ def open_model(
         )
     if options.gpu_layers and isinstance(engine, LlamaEngine) and not engine.gpu_layers:
         note("this build has no GPU backend, or finds no GPU: all layers stay on the CPU")
+    if options.kv_type not in ("auto", "f16") and not isinstance(engine, LlamaEngine):
+        note(f"the KV cache of a GPTQ model is not quantized: {options.kv_type} is for GGUF files")
     try:
         format, reason = _choose_format(options.template, path, header, engine.vocabulary)
     except BaseException:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from koala_local.convert.job import (
     Options,
     _calibration_sample,
@@ -16,10 +19,12 @@ from koala_local.convert.job import (
     quantize_to_gguf,
     quantize_to_gptq,
 )
+from koala_local.convert.sources.checkpoint import open_checkpoint
+from safetensors.torch import load_file
 
 from koala_local.errors import KoalaError
 from koala_local.nano import MODEL_PATH
-from tests.checkpoint_maker import make_hf
+from tests.checkpoint_maker import make_easylm, make_hf
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +100,65 @@ def test_a_folder_with_one_gguf_stands_for_the_file(tmp_path: Path) -> None:
         open_job(only.parent, options())
 
 
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"kind": "Q9"}, "unknown quantization type 'Q9'"),
+        ({"overrides": ("foo=Q8_0",)}, "decides no tensor"),
+        ({"output": "taken.gguf"}, r"taken\.json exists already, and the report would replace it"),
+        ({"output": "full.gguf"}, "no space for full.gguf"),
+        ({"layout": "gptq", "tokenizer": None}, "a GPTQ folder needs them"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_it_calibrates(
+    folder: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], refused: str
+) -> None:
+    (tmp_path / "taken.json").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("koala_local.convert.job._calibration_sample", lambda _: pytest.fail("it began to work"))
+    if changes.get("output") == "full.gguf":
+        usage = shutil.disk_usage(tmp_path)._replace(free=10)
+        monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    output = Path(str(changes.get("output", "out")))
+    wanted = options(**(changes | {"output": output, "calibration": digits}))
+    work, source = (quantize_to_gptq, MODEL_PATH) if wanted.layout == "gptq" else (quantize_to_gguf, folder)
+    with pytest.raises(KoalaError, match=refused):
+        work(source, wanted)
+    assert (tmp_path / "taken.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("layout", ["gguf", "gptq"])
+def test_an_output_gets_its_name_with_its_report(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    out, work = tmp_path / "out", quantize_to_gptq if layout == "gptq" else quantize_to_gguf
+    wanted = options(layout=layout, output=out, no_verify=True, group_size="32")
+    with monkeypatch.context() as patch:
+        patch.setattr("koala_local.convert.job.save_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            work(folder, wanted)
+    assert not out.exists()
+    work(folder, wanted)
+    kept = {"gguf": {"out", "out.json", "out.md"}, "gptq": {"out"}}[layout]
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    report = json.loads((out / "quantization.json" if layout == "gptq" else tmp_path / "out.json").read_text())
+    assert [fit["kv_type"] for fit in report["fits"]] == (["f16"] if layout == "gptq" else ["f16", "q8_0"])
+
+
+def test_a_streams_heads_are_those_of_its_base(tmp_path: Path) -> None:
+    """Such as Koala's difference: it holds no sizes of its own."""
+    base = make_hf(tmp_path / "base", layers=1)
+    state = load_file(base / "model.safetensors")
+    stream = make_easylm(tmp_path / "difference", state)
+    job = open_job(stream, options(base=base))
+    assert job.checkpoint.config.head_size == open_checkpoint(base).config.head_size != 128
+    for name, tensor in state.items():
+        assert torch.equal(job.checkpoint.read(name).float(), (2 * tensor.float()).to(tensor.dtype).float()), name
+
+
 def test_a_folder_is_no_place_for_a_gguf(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("koala_local.convert.job._write_gguf", lambda *_: pytest.fail("it began to work"))
     with pytest.raises(KoalaError, match="is a folder"):
@@ -106,6 +170,7 @@ def test_a_folder_is_no_place_for_a_gguf(folder: Path, tmp_path: Path, monkeypat
     [
         ["--calibration", __file__, "--imatrix", __file__],
         ["--group-size", "64"],
+        ["--bits", "4", "--type", "Q4_K_M"],
         ["--format", "gptq", "--bits", "5"],
     ],
 )

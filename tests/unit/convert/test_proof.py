@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def test_a_vocabulary_that_tokenizes_otherwise_is_an_error(tmp_path: Path) -> No
     write_gguf(checkpoint, replace(vocabulary, tokens=tokens), out, "F16", threads=1, force=True)
     with pytest.raises(VerificationError, match="tokenizes a text in another way"):
         prove(checkpoint, folder, folder, out, "F16")
+
+
+def test_a_window_is_not_looked_beyond(tmp_path: Path) -> None:
+    """llama.cpp attends to all there is: only as far as the window reaches is the source to be compared with."""
+    folder, out = make_hf(tmp_path / "model", layers=2), tmp_path / "out.gguf"
+    settings = json.loads((folder / "config.json").read_text())
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32}
+    (folder / "config.json").write_text(json.dumps(settings | mistral))
+    checkpoint = open_checkpoint(folder)
+    write_gguf(checkpoint, read_vocabulary(folder, checkpoint.config), out, "F32", threads=1)
+    comparison, sample = prove(checkpoint, folder, folder, out, "F32")
+    assert " x 32 tokens" in sample
+    assert comparison.kl_max < 1e-4
 
 
 def test_both_passes_fit_the_time_that_is_stated(

@@ -293,11 +293,12 @@ def test_what_does_not_pass_its_check_leaves_the_old_file(small: Path, tmp_path:
     out.write_bytes(b"old")
     seen: list[bytes] = []
 
-    def look(written: Path) -> None:
+    def look(written: Path, made: Report) -> None:
+        assert made.size == written.stat().st_size
         assert out.read_bytes() == b"old"
         seen.append(written.read_bytes())
 
-    def refuse(_: Path) -> None:
+    def refuse(*_: object) -> None:
         raise KoalaError("it is broken")
 
     before = sorted(tmp_path.iterdir())
@@ -338,9 +339,11 @@ def test_a_disk_that_fills_up_while_it_is_written_leaves_nothing(small: Path, tm
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_missing_folder_is_told(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(KoalaError, match="cannot write"):
-        convert(small, tmp_path / "nowhere" / "out.gguf", "Q8_0")
+def test_a_missing_folder_is_made(small: Path, tmp_path: Path) -> None:
+    assert convert(small, tmp_path / "new" / "models" / "out.gguf", "Q8_0").path.is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(KoalaError, match=r"cannot write to .*file"):
+        convert(small, tmp_path / "file" / "out.gguf", "Q8_0")
 
 
 KILLED = """

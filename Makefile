@@ -17,7 +17,7 @@ convert:
 	@.venv/bin/koala quantize --help
 
 finetune:
-	@$(INSTALL) --extra convert --extra finetune --extra qlora
+	@$(INSTALL) --extra convert --extra finetune --extra qlora --extra 8bit
 	@.venv/bin/koala finetune --help
 
 test:

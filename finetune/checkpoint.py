@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
@@ -33,8 +35,11 @@ from koala_local.disk import FULL, sync, write_whole
 from koala_local.errors import KoalaError
 from koala_local.wording import first_line
 
+from .launch import LostError, is_lost
+
 _FORMAT = "koala-checkpoint-1"
 _ABOUT = "run.json"
+_NEARLY_NOTHING = 1 << 20  # bytes that are left of a disk
 _TORN = "delete that folder to go on from the checkpoint before it"
 # The classes that torch itself puts into `.metadata`, a pickle: nothing else is made of one.
 _METADATA = (
@@ -126,9 +131,12 @@ class Checkpoints:
                 for old in complete(self.folder)[: -self.keep]:
                     shutil.rmtree(old)
         except (CheckpointException, OSError, RuntimeError) as error:
+            full = shutil.disk_usage(self.folder).free < _NEARLY_NOTHING  # torch's writer does not say why it failed
             if is_writer():
                 shutil.rmtree(partial, ignore_errors=True)
-            raise _write_error(final, error, self.folder) from None
+            if any(map(is_lost, _causes(error))):
+                raise LostError from error
+            raise _write_error(final, error, self.folder, full=full) from None
 
     def _barrier(self) -> None:
         if self._group is not None:
@@ -217,14 +225,15 @@ def _describe(partial: Path, about: Mapping[str, Any]) -> None:
     sync(partial)
 
 
-def _write_error(final: Path, error: BaseException, folder: Path) -> CheckpointError:
+def _write_error(final: Path, error: BaseException, folder: Path, *, full: bool = False) -> CheckpointError:
     cause = next((each for each in _causes(error) if isinstance(each, OSError)), None)
     last = complete(folder)
     kept = f"{last[-1].name} is the last one" if last else "there is none yet"
-    number = cause.errno if cause else None
-    hint = "free some space" if number in FULL else "check the folder, its permissions and its disk"
+    full = full or (cause is not None and cause.errno in FULL)
+    reason = os.strerror(errno.ENOSPC) if full and cause is None else _reason(error)
+    hint = "free some space" if full else "check the folder, its permissions and its disk"
     return CheckpointError(
-        f"the checkpoint {final.name} cannot be written: {_reason(error)}; {kept}", f"{hint}, then go on with --resume"
+        f"the checkpoint {final.name} cannot be written: {reason}; {kept}", f"{hint}, then go on with --resume"
     )
 
 

@@ -50,7 +50,7 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
     from .data.views import telling
     from .job import Job
     from .launch import Place, check_place, gpus_here, launch
-    from .prepare import check_output, locked, prepare, recipe_settings
+    from .prepare import check_output, is_finished, locked, prepare, recipe_settings, remove_unused
 
     settings = _settings(words, options)
     base, vocabulary = options["base"], _tokenizer(options["base"], options["tokenizer"], settings)
@@ -58,6 +58,9 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
     if not options["plan_only"]:
         check_place(place)
         check_output(out, resume=options["resume"])
+        if options["resume"] and is_finished(out):
+            console.note(f"the run in {out} is finished: to train its checkpoint further, name it with --base")
+            return _end(console.Exit.OK, out)
     from .forecast import forecast, read_tokenizer  # transformers is slow to import: not before what fails at once
 
     tokenizer = read_tokenizer(base, vocabulary, settings)
@@ -68,6 +71,7 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
     plan = forecast(job, place)
     _show(plan, plan_only=options["plan_only"])
     if options["plan_only"]:
+        remove_unused(out)
         return console.Exit.OK
     return _end(launch("koala_local.finetune.worker:work", (replace(job, price=plan.dollars_an_hour),), place), out)
 

@@ -144,7 +144,10 @@ class _Shards:
 
     def flush(self) -> None:
         path = self.folder / f"shard-{len(self.written)}"
+        path.touch()
+        mode = path.stat().st_mode
         save_file(self.pending, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors makes a file for its owner alone
         sync(path)
         self.written.append(list(self.pending))
         self.pending = {}

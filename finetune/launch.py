@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from koala_local.console import quiet_libraries
+from koala_local.console import note, quiet_libraries
 from koala_local.disk import write_whole
 from koala_local.errors import KoalaError
 
@@ -34,10 +34,21 @@ MEETING_FILE = "KOALA_MEETING_FILE"  # environment variable: where ranks of one 
 START_METHOD = "spawn"  # some libraries touch CUDA when they are imported, and that does not survive a fork
 _DEFAULT_PORT = 29_400
 _LET_OTHERS_BE_SEEN = 1.0  # seconds
+_WAIT_S = 900  # for all nodes
+_BEGUN = "begun"  # a file: the ranks have met
+_LOST = re.compile("Connection (reset|closed)|Broken pipe|remote process exit|ncclRemoteError")
 
 
 class LaunchError(KoalaError):
     """Processes that cannot be started, or one that died."""
+
+
+class LostError(LaunchError):
+    """The connection to another rank broke: what happened, happened there."""
+
+    def __init__(self) -> None:
+        hint = "what ended there says why; give the same command with --resume"
+        super().__init__("the connection to another rank was lost: it ended, or its machine did", hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,11 @@ class Rank:
     @property
     def first(self) -> bool:
         return self.number == 0
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of gloo's or NCCL's says that the connection to another rank broke."""
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 def launch(work: str, arguments: tuple[Any, ...], place: Place) -> int:
@@ -157,19 +173,31 @@ def _run_agent(work: str, arguments: tuple[Any, ...], place: Place) -> int:
                 raise SystemExit(128 + received[0]) from None
             raise _cause(error, Path(scratch)) from None
         except Exception as error:  # the agent's own: no rendezvous, mostly
-            raise LaunchError(f"the ranks did not find together: {error}", "check --rendezvous and --nodes") from None
+            if (Path(scratch) / _BEGUN).exists():
+                raise LostError from None
+            raise _not_met(error, place) from None
     return int(results[min(results)])
+
+
+def _not_met(error: Exception, place: Place) -> LaunchError:
+    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+
+    if isinstance(error, RendezvousTimeoutError):
+        what = f"fewer than {place.nodes} nodes met at {place.rendezvous} in {_WAIT_S // 60} minutes"
+        return LaunchError(what, "give the same command on every machine; check --rendezvous and --nodes")
+    return LaunchError(f"the ranks did not find together: {error}", "check --rendezvous and --nodes")
 
 
 def _agent_settings(place: Place, scratch: Path) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
-    endpoint, meeting = place.rendezvous, dict[str, Any](timeout=900)
+    endpoint, meeting = place.rendezvous, dict[str, Any](join_timeout=_WAIT_S)
     if place.nodes == 1:
         endpoint = str(scratch / "agent")
-        meeting = {"store_type": "file", "timeout": 900}
-    elif ":" not in endpoint:
-        endpoint = f"{endpoint}:{_DEFAULT_PORT}"
+        meeting["store_type"] = "file"
+    else:
+        endpoint = endpoint if ":" in endpoint else f"{endpoint}:{_DEFAULT_PORT}"
+        note(f"waiting for all {place.nodes} nodes at {endpoint}, {_WAIT_S // 60} minutes at most")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(place.gpus, 1))))
     return LaunchConfig(
         min_nodes=place.nodes,
@@ -250,22 +278,24 @@ def _rank(work: str, arguments: tuple[Any, ...], scratch: str, environment: Mapp
     os.setpgid(0, 0)  # Ctrl-C reaches the launching process alone, which forwards it
     os.environ.update(environment)
     number = current_rank().number
+    (Path(scratch) / _BEGUN).touch()
     try:
         return _function(work)(*arguments)
     except BaseException as error:
         _write_report(Path(scratch), number, error)
-        if not isinstance(error, KoalaError):
+        if not isinstance(error, KoalaError) or isinstance(error, LostError):
             time.sleep(_LET_OTHERS_BE_SEEN)  # a lost connection: the agent should see first who was killed
         sys.stderr.flush()
         os._exit(1)  # threads may still wait for other ranks
 
 
 def _write_report(scratch: Path, rank: int, error: BaseException) -> None:
-    known = isinstance(error, KoalaError)
+    lost = isinstance(error, LostError)
     report = {
         "rank": rank,
         "time": time.time(),
-        "known": known,
+        "known": isinstance(error, KoalaError) and not lost,
+        "lost": lost,
         "message": error.message if isinstance(error, KoalaError) else f"{type(error).__name__}: {error}",
         "hint": error.hint if isinstance(error, KoalaError) else "",
         "traceback": "".join(traceback.format_exception(error)),
@@ -286,7 +316,10 @@ def _cause(error: Any, scratch: Path) -> Exception:
         hint = "it may have run out of memory; go on with --resume"
         return LaunchError(f"rank {number} was killed by {name}", hint)
     for report in reports:
-        lost = RuntimeError(f"rank {report['rank']}: {report['message']}")
-        lost.add_note(report["traceback"])
-        return lost
+        if not report["lost"]:
+            unknown = RuntimeError(f"rank {report['rank']}: {report['message']}")
+            unknown.add_note(report["traceback"])
+            return unknown
+    if reports:
+        return LostError()
     return LaunchError(f"rank {number} ended with status {failure.exitcode}", "go on with --resume")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,11 @@ from .data.recipe import Recipe
 from .data.tokens import DialogueTokenizer
 
 CORPUS = "corpus"
+_LOCK = ".lock"
 
 
 def check_output(out: Path, *, resume: bool) -> None:
     """Raise KoalaError unless a run can begin, or with `resume` go on, in the folder."""
-    if resume:
-        _refuse_finished(out)
     if out.exists() and not out.is_dir():
         raise KoalaError(f"{str(out)!r} is a file", "give another name with -o")
     if not resume and has_begun(out):
@@ -43,11 +42,23 @@ def locked(out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(out / ".lock", math.inf))
+            stack.enter_context(lock(out / _LOCK, math.inf))
         except OSError as error:
             what = f"{str(out)!r} cannot be written: {error.strerror}"
             raise KoalaError(what, "give another folder with -o") from None
-        yield
+        try:
+            yield
+        except BaseException:
+            remove_unused(out)
+            raise
+
+
+def remove_unused(out: Path) -> None:
+    """Delete the folder if `locked` left nothing in it."""
+    with suppress(OSError):
+        if [path.name for path in out.iterdir()] == [_LOCK]:
+            (out / _LOCK).unlink()
+            out.rmdir()
 
 
 @contextmanager
@@ -57,13 +68,14 @@ def training(out: Path) -> Iterator[None]:
     with lock(out / ".running") as alone:
         if not alone:
             raise KoalaError(f"another process is training in {str(out)!r}", "wait until it ends, or stop it first")
-        _refuse_finished(out)
+        if is_finished(out):
+            raise KoalaError(f"the run in {str(out)!r} is finished", "train its checkpoint further with --base")
         yield
 
 
-def _refuse_finished(out: Path) -> None:
-    if (out / "config.json").exists():
-        raise KoalaError(f"the run in {str(out)!r} is finished", "train its checkpoint further with --base")
+def is_finished(out: Path) -> bool:
+    """Whether the folder holds the exported model of a run."""
+    return (out / "config.json").exists()
 
 
 def prepare(data: str, out: Path, tokenizer: DialogueTokenizer, raw: Path | None, tell: Tell) -> Path:

@@ -157,12 +157,11 @@ def _backward(run: Run, first: int, batch: Batch, weight: float) -> torch.Tensor
 
 def _check(run: Run, loss: float, norm: float, rows: Sequence[NDArray[np.int64]], sums: Sequence[torch.Tensor]) -> None:
     """Raise TrainingError, on every rank, when the loss or the gradient is no finite number, or the loss a spike: over
-    `spike_limit` nats and three standard deviations above the mean of the last 50 steps (of which there must be 10).
-    Steps of few rows differ as their sources do, by nats; that is no spike."""
-    recent = run.losses
-    mean = statistics.fmean(recent) if len(recent) >= _ENOUGH else math.inf
-    limit = run.settings.spike_limit + 3 * statistics.pstdev(recent or [0.0])
-    if math.isfinite(loss) and math.isfinite(norm) and not (run.settings.spike_limit and loss > mean + limit):
+    `spike_limit` nats and three standard deviations above the mean of the last 50 steps; before there are 10, twice the
+    limit above the highest. Steps of few rows differ as their sources do, by nats; that is no spike."""
+    usual, limit = _usual(run.losses, run.settings.spike_limit)
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite and (not run.settings.spike_limit or loss <= usual + limit):
         return
     run.checkpoints.wait()
     worst = max(range(len(sums)), key=lambda number: _badness(sums[number]), default=0)
@@ -173,15 +172,19 @@ def _check(run: Run, loss: float, norm: float, rows: Sequence[NDArray[np.int64]]
     else:
         everyone = [mine]
     guilty = max(everyone, key=lambda each: each[:2])[2]
-    what = (
-        f"a loss of {loss:.3f}, {loss - mean:.1f} over the mean of the steps before"
-        if math.isfinite(loss)
-        else f"a loss of {loss}"
-    )
-    if math.isfinite(loss) and not math.isfinite(norm):
-        what = f"a gradient norm of {norm}"
-    hint = "look at these rows; a lower learning_rate may help, and spike_limit=0 lets a spike pass with --resume"
+    what = f"a gradient norm of {norm}" if math.isfinite(loss) else f"a loss of {loss}"
+    hint = "look at these rows; a lower learning_rate may help"
+    if finite:
+        what = f"a loss of {loss:.3f}, {loss - usual:.1f} over that of the steps before"
+        hint += ", and spike_limit=0 lets a spike pass with --resume"
     raise TrainingError(f"step {run.done + 1} has {what}; the worst is {run.name_rows(guilty)}", hint)
+
+
+def _usual(losses: Sequence[float], limit: float) -> tuple[float, float]:
+    """What a loss is measured against, and how far above it is a spike."""
+    if len(losses) < _ENOUGH:
+        return max(losses, default=math.inf), 2 * limit
+    return statistics.fmean(losses), limit + 3 * statistics.pstdev(losses)
 
 
 def _badness(loss: torch.Tensor) -> float:

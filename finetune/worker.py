@@ -30,7 +30,7 @@ from .data.tokens import DialogueTokenizer, check_matches
 from .evaluate import evaluate, held_out
 from .finish import finish
 from .job import Job
-from .launch import MEETING_FILE, Rank, current_rank, handled_signals
+from .launch import MEETING_FILE, LostError, Rank, current_rank, handled_signals, is_lost
 from .live_views import TrainingView
 from .model import base_config, build, compute_dtype, shape_config, torch_dtype
 from .optimizer import build_optimizer
@@ -57,6 +57,10 @@ def work(job: Job) -> int:
     except torch.OutOfMemoryError as error:
         what = f"the GPU's memory is full: {first_line(error)}"
         raise OutOfMemoryError(what, "try recompute=full or micro_batch=1, and see --plan") from None
+    except RuntimeError as error:
+        if is_lost(error):
+            raise LostError from error
+        raise
 
 
 def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> int:

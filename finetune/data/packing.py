@@ -75,7 +75,6 @@ class PackPlan:
     trained_counts: NDArray[np.int64]  # trained tokens of each document of the corpus
     tokens: int  # that are no padding, over all rows
     trained_tokens: int
-    context_tokens: int  # of `tokens`, those that are repeated so that a cut document keeps its context
     sources: Mapping[str, Share]
     key: str  # SHA-256: equal for equal rows of an equal corpus
 
@@ -90,7 +89,7 @@ class PackPlan:
 
     @property
     def cuts(self) -> str:
-        """What became of dialogues that are longer than a row; empty where there is none."""
+        """What becomes of dialogues that are longer than a row, in an epoch; empty where there is none."""
         pieces = self.pieces
         if not pieces.split_documents:
             return ""
@@ -99,7 +98,10 @@ class PackPlan:
             told.append(f"{pieces.windowed_turns:,} turns longer than a row, in windows")
         if pieces.cut_headers:
             told.append(f"{pieces.cut_headers:,} without their long system text in every part")
-        return "; ".join([*told, f"{self.context_tokens:,} tokens repeated as context"])
+        told.append(f"{pieces.repeated_tokens:,} tokens repeated as context")
+        if pieces.unseen_tokens:
+            told.append(f"{pieces.unseen_tokens:,} tokens of long prompts left out")
+        return "; ".join(told)
 
     def steps(self, global_batch: int) -> int:
         """Steps of `global_batch` rows; the last one may have fewer."""
@@ -252,7 +254,6 @@ def _plan(
     whole = corpus.trained_counts
     trained = _trained(corpus, pieces, whole)
     first = np.diff(pieces.document, prepend=-1) > 0  # piece of its document
-    context = pieces.start - pieces.context + np.where(first, 0, pieces.header)
     digest = hashlib.sha256(f"{corpus.key} {sequence_length}".encode())
     for array in (contents, offsets, pieces.document, pieces.header, pieces.context, pieces.start, pieces.end):
         digest.update(array.astype("<i8").tobytes())
@@ -271,7 +272,6 @@ def _plan(
         whole,
         int(lengths[contents].sum()),
         int(trained[contents].sum()),
-        int(context[contents].sum()),
         {name: Share(*(each[index] for each in tally)) for index, name in enumerate(corpus.source_names)},
         digest.hexdigest(),
     )

@@ -2,7 +2,8 @@
 A plain text is one turn, so it is cut as a turn is that is longer than a sequence: in windows that share some context.
 
 A piece is the document's header, then earlier tokens as context, then the tokens that are trained in this piece. Every
-token with loss is trained in exactly one piece of its document.
+token with loss is trained in exactly one piece of its document. What of a prompt has no room beside its reply is in no
+piece, and is counted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Pieces:
     end: NDArray[np.int64]
     split_documents: int = 0  # at turns, into several pieces
     windowed_turns: int = 0  # a turn that is longer than the sequence, cut in its midst
-    cut_headers: int = 0  # documents whose system text is too long to be repeated
+    cut_headers: int = 0  # documents whose system text is too long to stand before each part
+    repeated_tokens: int = 0  # of header and context, beyond the first time that a document's pieces have them
+    unseen_tokens: int = 0  # of prompts and system texts, in no piece
 
     def __len__(self) -> int:
         return len(self.document)
@@ -48,19 +51,24 @@ def cut(corpus: Corpus, documents: NDArray[np.int64], sequence_length: int) -> P
     fits = lengths <= sequence_length
     whole = np.stack([documents, headers, headers, headers, lengths], axis=1)[fits]
     rows: list[tuple[int, int, int, int, int]] = []
-    windowed = cut_headers = 0
+    windowed = cut_headers = repeated = unseen = 0
     for document, header, length in zip(*(a[~fits].tolist() for a in (documents, headers, lengths)), strict=True):
         kept = header if header * _LONGEST_HEADER <= sequence_length else 1
         places = corpus.turns_of(document).tolist()
-        spans = _split([prompt for prompt, _ in places], [reply for _, reply in places], length, sequence_length - kept)
+        room = sequence_length - kept
+        spans = list(_split([prompt for prompt, _ in places], [reply for _, reply in places], length, room))
         rows += [(document, kept, *span) for span in spans]
+        seen = len(set(range(kept)).union(*(range(context, end) for context, _, end in spans)))
+        repeated += sum(kept + end - context for context, _, end in spans) - seen
+        unseen += length - seen
         ends = [*(prompt for prompt, _ in places[1:]), length]
-        windowed += sum(end - prompt > sequence_length - kept for (prompt, _), end in zip(places, ends, strict=True))
+        windowed += sum(end - prompt > room for (prompt, _), end in zip(places, ends, strict=True))
         cut_headers += kept != header
     table = np.concatenate([whole, np.array(rows, dtype=np.int64).reshape(-1, 5)])
     table = table[np.argsort(table[:, 0], kind="stable")]
     document, kept, context, start, end = np.ascontiguousarray(table.T)
-    return Pieces(document, kept, context, start, end, int((~fits).sum()), windowed, cut_headers)
+    split = int((~fits).sum())
+    return Pieces(document, kept, context, start, end, split, windowed, cut_headers, repeated, unseen)
 
 
 def _split(prompts: list[int], replies: list[int], length: int, room: int) -> Iterator[_Span]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -92,9 +94,11 @@ def test_it_can_be_trained_further(tmp_path: Path, trained: Path, common: tuple[
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path, trained: Path, common: tuple[str | Path, ...]) -> None:
+    weights = (trained / "model.safetensors").stat().st_mtime_ns
     result = koala(tmp_path, "finetune", *common, "-o", trained, "--resume")
-    assert result.returncode == 1
-    assert b"is finished" in result.stderr
+    assert result.returncode == 0  # the same line can be given again, by a queue for one
+    assert b"is finished" in result.stderr and result.stdout.decode().strip() == str(trained)
+    assert (trained / "model.safetensors").stat().st_mtime_ns == weights
 
 
 def test_a_terminal_shows_one_line_that_lives(tmp_path: Path, common: tuple[str | Path, ...]) -> None:
@@ -120,21 +124,43 @@ def free_port() -> int:
         return port
 
 
-def test_two_machines_as_docs_multi_node_says(tmp_path: Path, trained: Path, common: tuple[str | Path, ...]) -> None:
+REHEARSAL = "--gpus 0 --nodes 2 --rendezvous 127.0.0.1:29400"
+
+
+def start_two_machines(home: Path, *arguments: str | Path) -> list[subprocess.Popen[bytes]]:
     """The rehearsal of docs/multi-node.md: two processes, each as if on a machine of its own."""
+    environment = os.environ | {"KOALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    command = [KOALA, "finetune", *map(str, arguments), *REHEARSAL.replace("29400", str(free_port())).split()]
+    pipe = subprocess.PIPE
+    return [subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) for _ in range(2)]
+
+
+def test_two_machines_as_docs_multi_node_says(tmp_path: Path, trained: Path, common: tuple[str | Path, ...]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "multi-node.md").read_text()
-    rehearsal = "--gpus 0 --nodes 2 --rendezvous 127.0.0.1:29400"
-    assert page.count(rehearsal) == 2
-    options = rehearsal.replace("29400", str(free_port())).split()
+    assert page.count(REHEARSAL) == 2
     out = tmp_path / "run"
-    environment = os.environ | {"KOALA_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [KOALA, "finetune", *map(str, common), "eval_every=20", "-o", str(out), *options]
-    nodes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) for _ in range(2)
-    ]
+    nodes = start_two_machines(tmp_path, *common, "eval_every=20", "-o", out)
     ends = [(*node.communicate(timeout=120), node.returncode) for node in nodes]
+    assert b"waiting for all 2 nodes at 127.0.0.1:" in ends[0][1]
     assert [status for *_, status in ends] == [0, 0], ends
     alone = losses(trained)
     assert losses(out).keys() == alone.keys()
     assert all(abs(loss - alone[step]) < 1e-4 for step, loss in losses(out).items())
     assert (out / "model.safetensors").exists()
+
+
+def test_a_rank_that_dies_on_one_machine_ends_the_other(tmp_path: Path, common: tuple[str | Path, ...]) -> None:
+    out = tmp_path / "run"
+    nodes = start_two_machines(tmp_path, *common, "max_steps=5000", "epochs=200", "-o", out)
+    end = time.monotonic() + 100
+    while max(losses(out), default=0) < 3:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
+    ranks = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(ranks[-1], signal.SIGKILL)
+    (_, other), (_, own) = (node.communicate(timeout=60) for node in nodes)
+    assert [node.returncode for node in nodes] == [1, 1]
+    assert b"was killed by SIGKILL" in own
+    assert b"koala: error: the connection to another rank was lost" in other and b"--resume" in other
+    assert b"internal error" not in own + other

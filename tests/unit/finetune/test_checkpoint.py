@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def test_a_full_disk_is_told_and_the_last_one_stays(checkpoints: Checkpoints, sm
     assert "free some space" in caught.value.hint and "--resume" in caught.value.hint
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000001"]
     assert read(checkpoints.folder) == (1, 1.0)
+
+
+def test_torchs_own_words_for_a_full_disk_are_not_shown(
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    monkeypatch.setattr("koala_local.finetune.checkpoint.save_parts", fail)
+    for free, what in ((0, "No space left on device; there is none yet"), (1 << 30, "unexpected pos")):
+        usage = shutil.disk_usage(checkpoints.folder.parent)._replace(free=free)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
+        with pytest.raises(CheckpointError, match=what) as caught:
+            checkpoints.save(1, {"weight": torch.zeros(3)}, {}, at_once=True)
+        assert ("free some space" in caught.value.hint) == (free == 0)
+        checkpoints.newest = -1
 
 
 def test_a_failed_save_is_told_by_the_next_one(checkpoints: Checkpoints, small_files: None) -> None:

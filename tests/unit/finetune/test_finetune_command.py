@@ -124,6 +124,11 @@ def test_a_plan_needs_none_of_its_gpus(
     said = capsys.readouterr().out
     assert "each of 2048 GPUs" in said and "2048 x A100" in said
     assert all(f"fits on {kind}: " in said for kind in ("A100", "H100", "4090"))
+    corpus = tmp_path / "run" / "corpus"  # of raw data a corpus is built first, which the run will take
+    other = ("--data", corpus, "--tokenizer", tokenizer, "-o", tmp_path / "other", *SHAPE, *SETTINGS)
+    assert run(*other, "--gpus", "8", "--plan") == 0
+    assert "no-such-file" in fails("--data", "no-such-file", *other[2:], "--gpus", "0").message
+    assert not (tmp_path / "other").exists()
 
 
 def test_two_runs_in_one_folder(tmp_path: Path, data: Path, tokenizer: Path) -> None:

@@ -206,9 +206,7 @@ class SpoiledPlan(ToyPlan):
         return replace(batch, weights=weights, targets=targets)
 
 
-@pytest.mark.parametrize(
-    ("how", "what"), [("infinite", "loss|gradient"), ("noise", "over the mean of the steps before")]
-)
+@pytest.mark.parametrize(("how", "what"), [("infinite", "loss|gradient"), ("noise", "over that of the steps before")])
 def test_a_bad_step_stops_with_its_rows_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, what: str
 ) -> None:
@@ -223,9 +221,19 @@ def test_a_bad_step_stops_with_its_rows_named(
     assert len(steps) == 24
     guilty = plan.step_rows(24, 4)[2]
     assert "step 25 has" in caught.value.message and f"rows [{guilty}]" in caught.value.message
+    assert ("spike_limit=0" in caught.value.hint) == (how == "noise")  # nothing helps a loss that is no number
     assert [path.name for path in complete(tmp_path)] == ["step-00000015", "step-00000020"]
     now = weights_of(run)
     assert all(torch.equal(tensor, now[name]) for name, tensor in before[-1].items())
+
+
+def test_a_spike_among_the_first_steps_stops_too(tmp_path: Path) -> None:
+    wild = changed(SETTINGS, learning_rate=30.0, warmup_steps=0, clip=1e9, save_every=50)
+    run, steps = make_run(tmp_path, wild)
+    with pytest.raises(TrainingError, match="over that of the steps before") as caught:
+        train(run)
+    assert 1 <= len(steps) < 10 and max(step.loss for step in steps) < steps[0].loss + 6
+    assert "spike_limit=0" in caught.value.hint
 
 
 def test_steps_that_differ_as_their_sources_do_are_no_spike(tmp_path: Path) -> None:

@@ -131,7 +131,9 @@ def test_a_long_dialogue_is_cut_at_turns_and_keeps_its_context() -> None:
     assert [token for token, _ in second] == [1, 2, *range(23, 53)]  # the header, and a turn as context
     assert {token for token, trained in second if trained} == replies[3] | replies[4]
     assert (plan.pieces.split_documents, plan.pieces.windowed_turns) == (1, 0)
-    assert plan.context_tokens == 12
+    assert (plan.pieces.repeated_tokens, plan.pieces.unseen_tokens) == (12, 0)
+    twice = make_plan(corpus, 34, epochs=2)
+    assert twice.cuts == plan.cuts == "1 dialogues longer than a row, between turns; 12 tokens repeated as context"
     assert plan.sources["sharegpt"].documents == 1
 
 
@@ -155,14 +157,22 @@ def test_a_plain_text_longer_than_a_sequence_is_windowed_from_its_first_token() 
     assert all(piece[0] == (1, False) and len(piece) <= 33 for piece in pieces)
     assert [sum(trained for _, trained in piece) for piece in pieces] == [32, 24, 24, 20]
     assert sorted(token for piece in pieces for token, trained in piece if trained) == list(range(2, 102))
-    assert (plan.trained_tokens, plan.context_tokens) == (100, 8 + 1 + 8 + 1 + 12 + 1)
+    assert (plan.trained_tokens, plan.pieces.repeated_tokens) == (100, 8 + 1 + 8 + 1 + 12 + 1)
 
 
-def test_of_a_prompt_longer_than_a_sequence_the_end_is_kept() -> None:
-    plan = make_plan(corpus_of([Document(((100, 5),), header=2)]), 42)
-    (piece,) = pieces_of(plan)
-    assert [token for token, _ in piece] == [1, 2, *range(68, 108)]
+@pytest.mark.parametrize(
+    ("prompt", "reply", "begins"),
+    [(100, 5, 68), (30, 40, 13)],  # longer than a row; and so long that half the row is left for its reply
+)
+def test_of_a_long_prompt_the_end_is_kept_and_the_rest_is_counted(prompt: int, reply: int, begins: int) -> None:
+    plan = make_plan(corpus_of([Document(((prompt, reply),), header=2)]), 42)
+    pieces = pieces_of(plan)
+    assert [token for token, _ in pieces[0]] == [1, 2, *range(begins, begins + 40)]
     assert plan.pieces.windowed_turns == 1
+    seen = {token for piece in pieces for token, _ in piece}
+    assert plan.pieces.unseen_tokens == 2 + prompt + reply - len(seen) == begins - 3
+    assert plan.pieces.repeated_tokens == sum(map(len, pieces)) - len(seen)
+    assert f"{begins - 3} tokens of long prompts left out" in plan.cuts
 
 
 def test_a_header_longer_than_half_a_sequence_is_reported() -> None:

@@ -17,6 +17,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from koala_local import console
 from koala_local.disk import FULL, lock, remove_leftovers
 from koala_local.errors import KoalaError
 from koala_local.wording import size
@@ -24,7 +25,7 @@ from koala_local.wording import size
 from .contamination import TestQuery, find_sets, read_set
 from .corpus import Corpus, open_corpus
 from .corpus_writer import write_corpus
-from .download import fetch, find_raw
+from .download import fetch, find_raw, missing_files
 from .examples import read_examples, write_tree
 from .mix import Stage, Tally, Tell, make_stage, stage_name, write_mix
 from .recipe import Recipe, SourceRules, own_recipe, read_recipe
@@ -91,6 +92,7 @@ def build(
     with _unfinished(out) as folder, workers(processes or usable_cores()) as work:
         _refuse_existing(out, force)  # another build may have made it meanwhile
         inputs = {key: _find(sources[key], rules, raw, tell) for key, rules in recipe.sources.items()}
+        _warn_of_missing(sources, inputs)
         _check_space(out, [file.path for files in inputs.values() for file in files])
         stages = [
             _stage(sources[key], rules, inputs[key], recipe.seed, tests, folder / "stages", work, tell)
@@ -102,6 +104,7 @@ def build(
         tallies = write_mix(stages, made / MIX, work, tell)
         kept = sum(tally.kept for tally in tallies.values())
         if not kept:
+            shutil.rmtree(folder / "stages")  # they lead nowhere
             raise BuildError("nothing is left of the raw data", _why_nothing(tallies))
         write_corpus(
             read_examples(made / MIX),
@@ -133,7 +136,7 @@ def _why_nothing(tallies: Mapping[str, Tally]) -> str:
     for tally in tallies.values():
         reasons.update(tally.skipped)
         reasons.update(tally.removed)
-    return "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3))
+    return "; ".join(f"{reason}: {count:,}" for reason, count in reasons.most_common(3) if count)
 
 
 def _report(
@@ -150,9 +153,20 @@ def _report(
     for key, source in sources.items():
         mine = corpus.sources == corpus.source_names.index(key) if key in corpus.source_names else slice(0, 0)
         files = [{"file": file.name, "sha256": file.sha256} for file in inputs[key]]
-        each[key] = source_report(source, tallies[key], lengths[mine], int(trained[mine].sum()), files)
+        missing = _missing(source, inputs[key])
+        each[key] = source_report(source, tallies[key], lengths[mine], int(trained[mine].sum()), files, missing)
     sets = [{"file": each.file, "sha256": each.sha256, "queries": len(each.queries)} for each in tests]
     return whole_report(recipe, each, sets, lengths, tokenizer.name)
+
+
+def _warn_of_missing(sources: Mapping[str, Source], inputs: Mapping[str, Sequence[_File]]) -> None:
+    for key, source in sources.items():
+        if names := ", ".join(_missing(source, inputs[key])):
+            console.warn(f"{source.title} is read without these of its published files: {names}")
+
+
+def _missing(source: Source, files: Sequence[_File]) -> list[str]:
+    return missing_files(source, [file.path for file in files])
 
 
 def _source(key: str, rules: SourceRules) -> Source:
@@ -215,7 +229,8 @@ def _check_space(out: Path, paths: Sequence[Path]) -> None:
 
 @contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
-    """The folder beside `out` that an unfinished build leaves, for this process alone. It goes when that is done."""
+    """The folder beside `out` that an unfinished build works in, for this process alone. It goes when that is done, and
+    where it fails before any stage is whole: the next build has nothing of it."""
     folder = out.with_name(f".{out.name}.partial")
     with ExitStack() as stack:
         try:
@@ -230,16 +245,34 @@ def _unfinished(out: Path) -> Iterator[Path]:
         _recover(out)
         remove_leftovers(folder / "stages")
         try:
-            yield folder
+            with _cleared(folder):
+                yield folder
         except OSError as error:
             if error.errno not in FULL:
                 raise
             hint = "free some and run it again: it goes on where it was"
             raise BuildError(f"no space is left beside {str(out)!r}", hint) from None
-        shutil.rmtree(folder / "stages", ignore_errors=True)
-        with suppress(OSError):
-            (folder / "lock").unlink()  # last: a build that begins now finds nothing that will go
-            folder.rmdir()
+
+
+@contextmanager
+def _cleared(folder: Path) -> Iterator[None]:
+    """Leave nothing in the end; where the block raises, what the next build goes on with: the stages, once one is
+    whole."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder / "corpus", ignore_errors=True)
+        if not any((folder / "stages").glob("*.json")):  # the last file of a stage
+            _remove(folder)
+        raise
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder / "stages", ignore_errors=True)
+    with suppress(OSError):
+        (folder / "lock").unlink()  # last: a build that begins now finds nothing that will go
+        folder.rmdir()
 
 
 def _publish(made: Path, out: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from koala_local import console
+from koala_local.errors import Interrupted
 from koala_local.extras import need
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -49,7 +51,7 @@ def build(
     Your own rows are {"messages"}, {"conversations"}, {"instruction", "output"}, {"chosen", "rejected"}, or {"text"},
     which is learned whole.
 
-    A build that was stopped goes on where it was when it is run again.
+    A build that was stopped goes on behind the sources that are done when it is run again.
     """
     need("finetune", *_NEEDED)
     from .build import build as make
@@ -57,17 +59,22 @@ def build(
     from .tokens import DialogueTokenizer
     from .views import telling
 
-    with telling() as tell:
-        report = make(
-            choose_recipe(recipe),
-            output,
-            DialogueTokenizer(tokenizer),
-            raw=raw,
-            test_sets=test_sets,
-            processes=workers,
-            force=force,
-            tell=tell,
-        )
+    try:
+        with telling() as tell:
+            report = make(
+                choose_recipe(recipe),
+                output,
+                DialogueTokenizer(tokenizer),
+                raw=raw,
+                test_sets=test_sets,
+                processes=workers,
+                force=force,
+                tell=tell,
+            )
+    except (KeyboardInterrupt, Interrupted, SystemExit):  # the last one is a signal's
+        with suppress(OSError):  # nobody may be reading stderr
+            console.note("stopped; the same command goes on behind the sources that are done")
+        raise
     if as_json:
         console.json_line(report)
         return

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from koala_local.errors import KoalaError
@@ -51,6 +51,15 @@ def find_raw(source: Source, folder: Path) -> list[Path]:
     return list(found)
 
 
+def missing_files(source: Source, found: Sequence[Path]) -> list[str]:
+    """The published names of the source's files that none of those found has. None where all found have other names:
+    somebody chose them."""
+    there = {name for name in (*source.files, *source.converted) if any(_is_called(path, name) for path in found)}
+    if not there or (source.converted and there.issuperset(source.converted)):
+        return []
+    return [name for name in source.files if name not in there]
+
+
 def fetch(source: Source, cache: Path | None = None, progress: Progress | None = None) -> list[Path]:
     """The source's files from the hub, in its own cache unless another is given; only what is not there is fetched.
 
@@ -88,6 +97,16 @@ def _named(source: Source, folder: Path, published: str) -> list[Path]:
     return [place / name for place in places for name in names if (place / name).is_file()]
 
 
+def _is_called(path: Path, published: str) -> bool:
+    """Whether the path ends with the published name, but for what packs and converts the file."""
+    name = _bare(PurePosixPath(published)).parts
+    return _bare(path).parts[-len(name) :] == name
+
+
+def _bare(path: PurePath) -> PurePath:
+    return path.with_name(PurePath(unpacked_name(path.name)).stem)
+
+
 def _data_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path))
 
@@ -101,7 +120,7 @@ def _refuse_twice(found: dict[Path, None], folder: Path, own: Path) -> None:
     same: dict[str, list[Path]] = defaultdict(list)
     for path in found:
         place = path.parent.relative_to(own if path.is_relative_to(own) else folder)
-        same[str(place / Path(unpacked_name(path.name)).stem)].append(path)
+        same[str(_bare(place / path.name))].append(path)
     for paths in same.values():
         if len(paths) > 1:
             names = " and ".join(repr(str(path)) for path in paths)

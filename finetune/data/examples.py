@@ -26,11 +26,13 @@ Content = Dialogue | str  # a str is a plain text: nobody says it, and every tok
 @dataclass(frozen=True, slots=True)
 class Example:
     """A dialogue whose every turn has a reply, or a plain text. `source` is the key of its source ("sharegpt"); `row`
-    names the raw row in words a person can find it by ("all.jsonl:17")."""
+    names the raw row in words a person can find it by ("all.jsonl:17"). `dropped` is what is said in the row and not in
+    the content: it counts for the filter of keywords, and no line has it."""
 
     content: Content
     source: str
     row: str
+    dropped: tuple[str, ...] = ()
 
 
 def texts(content: Content) -> list[str]:

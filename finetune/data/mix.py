@@ -192,7 +192,7 @@ def _judge_all(examples: list[Example], rules: SourceRules, tests: tuple[TestQue
 
 def _judge(example: Example, rules: SourceRules, tests: TestSets) -> _Verdict:
     said = texts(example.content)
-    if rules.keywords and has_keyword(said, rules.keywords):
+    if rules.keywords and has_keyword([*said, *example.dropped], rules.keywords):
         return _Verdict("keyword")
     if rules.english and not is_english(said):
         return _Verdict("language")

@@ -34,13 +34,16 @@ def source_report(
     lengths: NDArray[np.int64],
     trained: int,
     files: Sequence[Mapping[str, str]],
+    missing: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Of one source: `lengths` are its examples' tokens, `trained` how many of them are trained on."""
+    """Of one source: `lengths` are its examples' tokens, `trained` how many of them are trained on, `missing` those of
+    its published files that were not there."""
     return {
         "title": source.title,
         "licence": source.licence,
         "published": source.published * 2 if tally.unhelpful else source.published,  # of pairs, both are counted here
         "files": [dict(file) for file in files],
+        "missing": list(missing),
         **asdict(tally),
         "tokens": int(lengths.sum()),
         "trained_tokens": trained,

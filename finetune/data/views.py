@@ -78,8 +78,13 @@ def _notes(report: Mapping[str, Any]) -> list[Text]:
     else:
         lines.append(Text(_NOT_HELD, "bold red"))
     for each in report["sources"].values():
-        lines += [Text(line) for line in (*_closest(each), *_skipped(each))]
+        lines += [Text(line) for line in (*_missing(each), *_closest(each), *_skipped(each))]
     return lines
+
+
+def _missing(source: Mapping[str, Any]) -> list[str]:
+    names = ", ".join(source.get("missing", ()))
+    return [f"{source['title']} was read without these of its published files: {names}."] if names else []
 
 
 def _closest(source: Mapping[str, Any]) -> list[str]:

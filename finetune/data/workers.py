@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +30,9 @@ class Workers:
             return
         waiting: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
-            waiting.append((item, self._pool.submit(function, item)))
+            with _ctrl_c_waits():  # here processes are started
+                future = self._pool.submit(function, item)
+            waiting.append((item, future))
             if len(waiting) > self._ahead:
                 done, result = waiting.popleft()
                 yield done, result.result()
@@ -60,6 +63,17 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Until the block ends; and a process that is started in it never gets one. The terminal sends it to all, and one
+    that it ends in the midst of its work can leave the others waiting for ever: the first process alone acts on it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,7 @@ def test_build_shows_what_it_made(built: tuple[Path, subprocess.CompletedProcess
     text = done.stdout.decode()
     assert "recipe mine" in text and "ShareGPT" in text
     assert "30,000" in text  # the published count
+    assert "published files" not in text and b"warning" not in done.stderr
     assert "Held against the test sets koala_test_set.jsonl (1 queries)" in " ".join(text.split())
     assert "koala_test_set.jsonl:1" in text and "notes.jsonl:2" in text
     assert (out / "dialogues.jsonl").is_file() and (out / "manifest.json").is_file()
@@ -96,8 +99,40 @@ def test_without_a_test_set_it_says_so(raw: Path, tmp_path: Path) -> None:
     none = data(
         tmp_path, "build", mine, "--tokenizer", raw / "tokenizer.model", "-o", out, "--force", "--test-set", test_set
     )
-    assert none.returncode == 1 and b"nothing is left" in none.stderr and b"contaminated: 1" in none.stderr
+    assert none.returncode == 1 and b"nothing is left" in none.stderr
+    assert none.stderr.endswith(b"hint: contaminated: 1\n")
     assert (out / "dialogues.jsonl").is_file()  # the old one
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "workers"), [(signal.SIGINT, 130, 1), (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 2)]
+)
+def test_a_signal_ends_a_build_and_it_says_what_is_kept(
+    raw: Path, tmp_path: Path, number: int, status: int, workers: int
+) -> None:
+    """A terminal sends Ctrl-C to the workers, too."""
+    row = json.dumps({"instruction": "How many stones?", "input": "", "output": "Grey ones. " * 40}) + "\n"
+    (tmp_path / "long.jsonl").write_text(row * 60_000)
+    (tmp_path / "short.jsonl").write_text(row)
+    (tmp_path / "two.toml").write_text(
+        '[sources.short]\nfiles = ["short.jsonl"]\n[sources.long]\nfiles = ["long.jsonl"]\n'
+    )
+    command = [KOALA, "data", "build", tmp_path / "two.toml", "--tokenizer", raw / "tokenizer.model", "-o"]
+    program = subprocess.Popen(
+        [*map(str, command), tmp_path / "out", "--workers", str(workers)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env=os.environ | {"KOALA_HOME": str(tmp_path)},
+    )
+    stages = tmp_path / ".out.partial" / "stages"
+    while not list(stages.glob(".long*.partial")) and program.poll() is None:
+        time.sleep(0.01)
+    os.killpg(program.pid, number)
+    out, errors = program.communicate(timeout=60)
+    assert (program.returncode, out) == (status, b"")
+    assert errors == b"stopped; the same command goes on behind the sources that are done\n"
+    assert sorted(path.name.partition("-")[0] for path in stages.iterdir()) == ["short", "short"]
 
 
 @pytest.mark.parametrize(
@@ -123,4 +158,4 @@ def test_errors(raw: Path, tmp_path: Path, arguments: list[str], status: int, wh
     done = data(tmp_path, *(word.format(raw=raw, out=tmp_path / "out") for word in arguments))
     assert done.returncode == status, done.stderr.decode()
     assert what in done.stderr and b"Traceback" not in done.stderr
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("*out*"))

@@ -19,7 +19,7 @@ from .oig import OIG
 from .own import OWN
 from .reading import check, read_source
 from .sharegpt import SHAREGPT
-from .source import BadRow, Source, WrongSchema
+from .source import BadRow, Cut, Source, WrongSchema
 from .summarization import SUMMARIZATION
 from .webgpt import WEBGPT
 
@@ -32,6 +32,7 @@ __all__ = [
     "OWN",
     "SOURCES",
     "BadRow",
+    "Cut",
     "RawFileError",
     "Skipped",
     "Source",

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from koala_local.dialogue import Dialogue, Turn
 
-from .source import BadRow
+from .source import BadRow, Cut
 
 Role = Literal["system", "user", "assistant"]
 Message = tuple[Role, str]
@@ -71,9 +71,9 @@ def split_speech(said: str, user: str, assistant: str, before: str = "") -> list
     ]
 
 
-def paired(messages: Iterable[Message], *, helpful: bool = True) -> Dialogue:
+def paired(messages: Iterable[Message], *, helpful: bool = True) -> Cut:
     """The dialogue of the messages. Messages of one role in a row become one, with an empty line between them, but for
-    blank ones. Replies before the first user message are left out, as is a user message at the end."""
+    blank ones. Replies before the first user message are dropped, as is a user message at the end."""
     runs = [
         (role, "\n\n".join(filter(str.strip, said)) if len(said) > 1 else said[0])
         for role, group in groupby(messages, lambda message: message[0])
@@ -82,6 +82,8 @@ def paired(messages: Iterable[Message], *, helpful: bool = True) -> Dialogue:
     system = runs.pop(0)[1] if runs and runs[0][0] == "system" else ""
     if any(role == "system" for role, _ in runs):
         raise BadRow("a system message after the first message")
-    spoken = runs[1:] if runs and runs[0][0] == "assistant" else runs
-    pairs = zip(spoken[::2], spoken[1::2], strict=False)
-    return Dialogue(tuple(Turn(user, reply, helpful) for (_, user), (_, reply) in pairs), system)
+    start = int(bool(runs) and runs[0][0] == "assistant")
+    end = len(runs) - (len(runs) - start) % 2
+    spoken = runs[start:end]
+    turns = tuple(Turn(user, reply, helpful) for (_, user), (_, reply) in zip(spoken[::2], spoken[1::2], strict=True))
+    return Cut(Dialogue(turns, system), tuple(said for _, said in (*runs[:start], *runs[end:])))

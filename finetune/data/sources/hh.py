@@ -5,20 +5,18 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from koala_local.dialogue import Dialogue
-
 from .fields import has_keys, paired, split_speech, text
-from .source import Source
+from .source import Cut, Source
 
 _USER, _ASSISTANT = "Human:", "Assistant:"
 
 
-def dialogues(row: Any, random: Random) -> list[Dialogue]:
+def dialogues(row: Any, random: Random) -> list[Cut]:
     """The chosen dialogue, and the rejected one with every reply unhelpful."""
     return [_dialogue(text(row, "chosen"), helpful=True), _dialogue(text(row, "rejected"), helpful=False)]
 
 
-def _dialogue(said: str, helpful: bool) -> Dialogue:
+def _dialogue(said: str, helpful: bool) -> Cut:
     return paired(split_speech(said, _USER, _ASSISTANT, before=r"(?:\A\s*|\n\n)"), helpful=helpful)
 
 

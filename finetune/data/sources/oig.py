@@ -5,11 +5,9 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from koala_local.dialogue import Dialogue
-
 from .fields import paired, split_speech, text
 from .identity import DESCRIPTION
-from .source import Source
+from .source import Cut, Source
 
 _USER, _BOT = "<human>:", "<bot>:"
 _ITS_NAME = "OIG (Open Instruction Generalist)"  # said in replies of unified_basic only
@@ -20,7 +18,7 @@ def fits(row: Any) -> bool:
     return isinstance(said, str) and _USER in said and _BOT in said
 
 
-def dialogues(row: Any, random: Random) -> list[Dialogue]:
+def dialogues(row: Any, random: Random) -> list[Cut]:
     """The conversation; where the model says its name, it says this model's."""
     said = split_speech(text(row, "text"), _USER, _BOT)
     return [

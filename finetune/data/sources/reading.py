@@ -12,7 +12,7 @@ from koala_local.dialogue import Dialogue
 
 from ..examples import Content, Example, texts
 from ..raw_files import RawFileError, Row, Skipped, rows, unpacked_name
-from .source import BadRow, Source, WrongSchema
+from .source import BadRow, Cut, Source, WrongSchema
 
 HEAD = 100  # rows among which one must be of the schema
 _SHOWN_KEYS = 8
@@ -73,13 +73,14 @@ def _examples(source: Source, row: Row, seed: int) -> Iterator[Example | Skipped
     except BadRow as error:
         yield Skipped(name, str(error))
         return
-    for content in found:
+    for each in found:
+        content, dropped = (each.dialogue, each.dropped) if isinstance(each, Cut) else (each, ())
         try:
             check(content)
         except BadRow as error:
             yield Skipped(name, str(error))
         else:
-            yield Example(content, source.key, name)
+            yield Example(content, source.key, name, dropped)
 
 
 def _of_schema(source: Source, path: Path) -> Iterator[Row | Skipped]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from koala_local.dialogue import Dialogue
-
 from .fields import Message, Role, has_keys, paired, read_messages
-from .source import Source
+from .source import Cut, Source
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -26,7 +24,7 @@ def messages(row: Any) -> list[Message]:
     return read_messages(row, "conversations", "from", "value", _ROLES)
 
 
-def dialogues(row: Any, random: Random) -> list[Dialogue]:
+def dialogues(row: Any, random: Random) -> list[Cut]:
     """The conversation, without the button's text in replies."""
     said = [
         (role, value.replace(_COPY_BUTTON, "\n\n") if role == "assistant" else value) for role, value in messages(row)

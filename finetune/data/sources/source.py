@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from koala_local.dialogue import Dialogue
 from koala_local.errors import KoalaError
 
 from ..examples import Content
@@ -22,6 +23,14 @@ class WrongSchema(KoalaError):
 
 
 @dataclass(frozen=True, slots=True)
+class Cut:
+    """A dialogue, and what the messages say that its source leaves out of it."""
+
+    dialogue: Dialogue
+    dropped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """A raw dataset in its published format."""
 
@@ -29,10 +38,10 @@ class Source:
     title: str  # "ShareGPT"
     schema: str  # in words, for errors: 'an array of {"id", "conversations": [{"from", "value"}]}'
     licence: str
-    published: int  # examples (of preference data: pairs), by the Koala post; 0 where it gives none
+    published: int  # examples (of preference data: pairs), as published of Koala; 0 where nothing is
     files: tuple[str, ...]  # their names at the hub; on disk each may be compressed (.gz, .xz)
     repository: str  # at the hub; empty: none
     fits: Callable[[Any], bool]  # whether a row has the keys of the schema; their values are still to be checked
-    dialogues: Callable[[Any, Random], Sequence[Content]]  # of a row, drawing from the generator only; raises BadRow.
-    # What is blank in one is judged later, for each alone: `reading.check`. Only a user's own rows may be plain text.
+    dialogues: Callable[[Any, Random], Sequence[Content | Cut]]  # of a row, drawing from the generator only. Raises
+    # BadRow. What is blank in one is judged later, for each alone: `reading.check`. Only a user's own rows may be text.
     converted: tuple[str, ...] = ()  # names in the hub's own conversion to Parquet, where `files` may not be there

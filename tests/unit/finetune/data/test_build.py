@@ -22,6 +22,7 @@ from koala_local.finetune.data.examples import Example, read_examples
 from koala_local.finetune.data.look import look
 from koala_local.finetune.data.mix import choose_held_out
 from koala_local.finetune.data.packing import make_plan
+from koala_local.finetune.data.sources import SOURCES
 from koala_local.finetune.data.tokens import DialogueTokenizer
 
 from koala_local.dialogue import Dialogue
@@ -340,13 +341,60 @@ def test_a_bad_test_set_is_an_error(tmp_path: Path, text: str) -> None:
         read_set(path)
 
 
+def test_a_keyword_in_a_turn_that_is_dropped_takes_the_conversation(raw: Path, tmp_path: Path) -> None:
+    ends = [
+        conversation("Hi", "Hello", "Are you ChatGPT?"),
+        {"conversations": [{"from": "gpt", "value": "I am OpenAI's."}, *conversation("Hi", "Hello")["conversations"]]},
+        conversation("Hi", "Hello", "Bye"),
+    ]
+    (tmp_path / "sharegpt").mkdir()
+    (tmp_path / "sharegpt" / "some.json").write_text(json.dumps(ends))
+    (tmp_path / "one.toml").write_text('[sources.sharegpt]\nkeywords = ["openai", "chatgpt"]\n')
+    recipe, tokenizer = choose_recipe(str(tmp_path / "one.toml")), DialogueTokenizer(raw / "tokenizer.model")
+    sharegpt = build(recipe, tmp_path / "out", tokenizer, raw=tmp_path, processes=1)["sources"]["sharegpt"]
+    assert (sharegpt["kept"], sharegpt["removed"]["keyword"]) == (1, 2)
+    assert [each["row"] for each in sharegpt["removed_rows"]] == ["some.json[0]", "some.json[1]"]
+    assert "dropped" not in (tmp_path / "out" / "dialogues.jsonl").read_text()
+
+
+def test_published_files_that_are_missing_are_warned_of(
+    raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The corpus is of what is there."""
+    (tmp_path / "unified_basic.jsonl").write_text(json.dumps({"text": "<human>: Hi\n<bot>: Hello"}))
+    (tmp_path / "one.toml").write_text("[sources.oig]\n[sources.identity]\n")
+    recipe, tokenizer = choose_recipe(str(tmp_path / "one.toml")), DialogueTokenizer(raw / "tokenizer.model")
+    sources = build(recipe, tmp_path / "out", tokenizer, raw=tmp_path, processes=1)["sources"]
+    missing = list(SOURCES["oig"].files[:3])
+    assert (sources["oig"]["kept"], sources["oig"]["missing"], sources["identity"]["missing"]) == (1, missing, [])
+    told = f"koala: warning: OIG is read without these of its published files: {', '.join(missing)}\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_build_that_fails_leaves_only_what_the_next_one_goes_on_with(raw: Path, tmp_path: Path) -> None:
+    tokenizer = DialogueTokenizer(raw / "tokenizer.model")
+    with pytest.raises(KoalaError):
+        build(choose_recipe("open-source"), tmp_path / "out", tokenizer, raw=raw)  # without OIG: nothing is read
+    assert not list(tmp_path.iterdir())
+
+    def stop(what: str, *_: object) -> None:
+        if what == "tokens of dialogues":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(raw, tmp_path / "out", tell=stop)
+    (left,) = tmp_path.iterdir()
+    assert sorted(path.name for path in left.iterdir()) == ["lock", "stages"]  # the mix and its tokens are gone
+    assert len(list((left / "stages").glob("*.json"))) == 5
+
+
 def test_nothing_left_is_an_error(raw: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.jsonl"
     mine.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     with pytest.raises(BuildError) as caught:
         build(choose_recipe(str(mine)), tmp_path / "out", DialogueTokenizer(raw / "tokenizer.model"))
-    assert "no user message with a reply: 1" in caught.value.hint
-    assert not (tmp_path / "out").exists()
+    assert caught.value.hint == "no user message with a reply: 1"  # and no reason that there was not
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 @pytest.mark.skipif("KOALA_TEST_DATA" not in os.environ, reason="KOALA_TEST_DATA names no folder of real data")

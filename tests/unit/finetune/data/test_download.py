@@ -11,7 +11,7 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-from koala_local.finetune.data.download import DownloadError, RawFilesMissing, fetch, find_raw
+from koala_local.finetune.data.download import DownloadError, RawFilesMissing, fetch, find_raw, missing_files
 from koala_local.finetune.data.sources import OWN, SOURCES
 
 
@@ -84,6 +84,36 @@ def test_nothing_found_says_what_to_put_where(tmp_path: Path, key: str) -> None:
     assert SOURCES[key].title in caught.value.message and str(tmp_path / key) in caught.value.hint
     with pytest.raises(RawFilesMissing, match="is no folder"):
         find_raw(SOURCES[key], tmp_path / "none")
+
+
+OIG_FILES = [
+    "unified_grade_school_math_instructions.jsonl",
+    "unified_poetry_2_song.jsonl.xz",
+    "unified_plot_screenplay_books_dialog.parquet",
+    "unified_basic.jsonl.gz",
+]
+
+
+@pytest.mark.parametrize(
+    ("key", "names", "missing"),
+    [
+        ("oig", OIG_FILES, []),
+        ("oig", [f"oig/{name}" for name in OIG_FILES], []),
+        ("oig", ["unified_basic.jsonl", "oig/more.jsonl"], list(SOURCES["oig"].files[:3])),
+        ("oig", ["oig/mine.jsonl"], []),  # chosen by somebody
+        ("hh", ["hh/harmless-base/train.jsonl.gz", "helpful-base/test.jsonl"],
+         [name for name in SOURCES["hh"].files if name not in ("harmless-base/train.jsonl.gz",
+                                                               "helpful-base/test.jsonl.gz")]),
+        ("alpaca", ["default/train/0000.parquet"], []),
+        ("summarization", ["comparisons/train/0000.parquet"], []),
+        ("identity", [], []),
+    ],
+)  # fmt: skip
+def test_published_files_that_are_not_there_are_told(
+    tmp_path: Path, key: str, names: list[str], missing: list[str]
+) -> None:
+    touch(tmp_path, *names)
+    assert missing_files(SOURCES[key], find_raw(SOURCES[key], tmp_path)) == missing
 
 
 def test_the_identity_data_comes_with_the_program(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from koala_local import console
 from koala_local.dialogue import Dialogue, Turn
 
 
-def report(*, test_sets: bool = True, unhelpful: int = 0) -> dict[str, Any]:
+def report(*, test_sets: bool = True, unhelpful: int = 0, missing: Sequence[str] = ()) -> dict[str, Any]:
     tally = Tally(rows=10, examples=8, kept=5, held_out=1, turns=7, unhelpful=unhelpful)
     tally.skip(Skipped("a.json[3]", "not valid JSON"))
     tally.remove("a.json[4]", "near")
     lengths = np.array([3, 9, 40, 40, 70_000])
-    source = source_report(SOURCES["webgpt"], tally, lengths, 50, [{"file": "a.json", "sha256": "0"}])
+    source = source_report(SOURCES["webgpt"], tally, lengths, 50, [{"file": "a.json", "sha256": "0"}], missing)
     sets = [{"file": "t.jsonl", "sha256": "1", "queries": 2}] if test_sets else []
     return whole_report(Recipe("mine", {"webgpt": SourceRules()}), {"webgpt": source}, sets, lengths, "t.model")
 
@@ -52,6 +53,15 @@ def test_the_view_has_it_all() -> None:
     assert "Held against the test sets t.jsonl (2 queries)." in text
     assert "Unusable, not valid JSON, 1: a.json[3]." in text
     assert "NOT DECONTAMINATED" in console.as_text(report_view(report(test_sets=False)))
+
+
+def test_missing_files_are_named() -> None:
+    text = " ".join(console.as_text(report_view(report(missing=["a.jsonl", "b.jsonl"]))).split())
+    assert "WebGPT comparisons was read without these of its published files: a.jsonl, b.jsonl." in text
+    old = report()
+    del old["sources"]["webgpt"]["missing"]  # of a corpus that an earlier version made
+    for found in (report(), old):
+        assert "published files" not in console.as_text(report_view(found))
 
 
 def test_plain_text_is_said_not_to_be_held_against_test_sets() -> None:

@@ -17,6 +17,7 @@ from koala_local.finetune.data.sources import (
     OWN,
     SOURCES,
     BadRow,
+    Cut,
     RawFileError,
     Skipped,
     WrongSchema,
@@ -73,6 +74,25 @@ def test_sharegpt_ends_are_cut_to_whole_turns(tmp_path: Path) -> None:
 def test_sharegpt_messages_of_one_role_become_one(tmp_path: Path) -> None:
     row = conversation("system: Be kind.", "human: Hi", "human: ", "human: you", "gpt: Hello", "gpt: there")
     assert dialogues("sharegpt", row, tmp_path) == [Dialogue((Turn("Hi\n\nyou", "Hello\n\nthere"),), "Be kind.")]
+
+
+DROPPING: list[tuple[str, Any, list[tuple[str, ...]]]] = [
+    ("sharegpt", conversation("gpt: a", "gpt: b", "human: Hi", "gpt: Hello", "human: c"), [("a\n\nb", "c")]),
+    ("sharegpt", conversation("human: Hi", "gpt: Hello"), [()]),
+    ("oig", {"text": "<bot>: a\n<human>: Hi\n<bot>: Hello\n<human>: c"}, [("a", "c")]),
+    ("hh", GOOD["hh"] | {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: c"}, [("c",), ()]),
+    ("own", conversation("system: s", "gpt: a", "human: Hi", "gpt: Hello"), [("a",)]),
+    ("own", {"messages": [*GOOD["own"]["messages"], {"role": "user", "content": "c"}]}, [("c",)]),
+    ("alpaca", GOOD["alpaca"], [()]),
+]
+
+
+@pytest.mark.parametrize(("key", "row", "dropped"), DROPPING)
+def test_what_a_source_drops_of_a_dialogue_comes_with_it(
+    tmp_path: Path, key: str, row: Any, dropped: list[tuple[str, ...]]
+) -> None:
+    found = read({**SOURCES, "own": OWN}[key], [row], tmp_path)
+    assert [each.dropped for each in found if isinstance(each, Example)] == dropped
 
 
 def test_hc3_has_an_example_for_each_answer(tmp_path: Path) -> None:
@@ -287,8 +307,8 @@ def test_a_row_that_cannot_be_used_says_why(tmp_path: Path, key: str, row: Any, 
 def test_any_value_in_any_place_is_a_row_or_a_reason(key: str, value: Any, data: st.DataObject) -> None:
     row = {**GOOD[key], data.draw(st.sampled_from(sorted(GOOD[key]))): value}
     try:
-        for content in {**SOURCES, "own": OWN}[key].dialogues(row, Random(1)):
-            check(content)
+        for each in {**SOURCES, "own": OWN}[key].dialogues(row, Random(1)):
+            check(each.dialogue if isinstance(each, Cut) else each)
     except BadRow as error:
         assert len(str(error)) < 60
 
@@ -357,7 +377,7 @@ def test_draws_follow_from_seed_source_and_row_alone(tmp_path: Path) -> None:
 
 def test_the_published_counts_are_those_of_the_post() -> None:
     assert list(SOURCES) == ["sharegpt", "hc3", "oig", "alpaca", "hh", "webgpt", "summarization", "identity"]
-    assert sum(source.published for source in SOURCES.values()) == 472_000
+    assert sum(source.published for source in SOURCES.values()) == 472_000 + 850  # the post does not count identity
     assert all(source.key == key and source.licence and source.schema for key, source in SOURCES.items())
 
 

@@ -39,6 +39,7 @@ _BATCH = 512  # tokens that llama.cpp takes at once; on a GPU, where the abort c
 _BATCH_GPU = 128
 _BATCH_PLAIN = 256  # computed at once without flash attention
 _LOGIT_ROWS = 64
+_SPECIAL = ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN | ll.LLAMA_TOKEN_ATTR_USER_DEFINED
 _HANDLES = ("_context", "_model", "_vocab", "_memory")  # of llama.cpp, until the engine is closed
 _log_tail: deque[str] = deque(maxlen=8)
 
@@ -124,27 +125,26 @@ class LlamaEngine:
         ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
 
     def _read_vocabulary(self) -> Vocabulary:
-        vocab, digest = self._vocab, hashlib.sha256()
-        size = int(ll.llama_vocab_n_tokens(vocab))
+        vocab, tokens = self._vocab, range(int(ll.llama_vocab_n_tokens(self._vocab)))
+        read_text, read_attr, ends = ll.llama_vocab_get_text, ll.llama_vocab_get_attr, ll.llama_vocab_is_eog
+        texts = [read_text(vocab, token) for token in tokens]
+        attrs = [read_attr(vocab, token) for token in tokens]
+        key = hashlib.sha256(
+            b"".join([b"%d %d %b" % (attr, len(text), text) for attr, text in zip(attrs, texts, strict=True)])
+        )
         control: dict[str, int] = {}
         user_defined: dict[str, int] = {}
         unknown: int | None = None
-        longest = 1
-        for token in range(size):
-            text, attr = ll.llama_vocab_get_text(vocab, token), ll.llama_vocab_get_attr(vocab, token)
-            digest.update(b"%d %d " % (attr, len(text)) + text)
-            longest = max(longest, len(text))  # a space is written in three bytes, a byte in one to six: never fewer
-            if attr & (ll.LLAMA_TOKEN_ATTR_CONTROL | ll.LLAMA_TOKEN_ATTR_UNKNOWN):
-                control[text.decode("utf-8", "replace")] = token
-            elif attr & ll.LLAMA_TOKEN_ATTR_USER_DEFINED:
-                user_defined[text.decode("utf-8", "replace")] = token
+        for token in (token for token in tokens if attrs[token] & _SPECIAL):
+            text, attr = texts[token].decode("utf-8", "replace"), attrs[token]
+            (user_defined if attr & _SPECIAL == ll.LLAMA_TOKEN_ATTR_USER_DEFINED else control)[text] = token
             if attr & ll.LLAMA_TOKEN_ATTR_UNKNOWN:
                 unknown = token
         bos, eos = int(ll.llama_vocab_bos(vocab)), int(ll.llama_vocab_eos(vocab))
         space = self.tokenize("x")
         return Vocabulary(
-            key=digest.hexdigest(),
-            size=size,
+            key=key.hexdigest(),
+            size=len(tokens),
             bos=bos if bos >= 0 else None,
             eos=eos if eos >= 0 else None,
             add_bos=bool(ll.llama_vocab_get_add_bos(vocab)),
@@ -152,8 +152,9 @@ class LlamaEngine:
             control=control,
             user_defined=user_defined,
             unknown=unknown,
-            ends=frozenset(token for token in range(size) if ll.llama_vocab_is_eog(vocab, token)),
-            longest=longest,
+            ends=frozenset([token for token in tokens if ends(vocab, token)]),
+            # A space is written in three bytes, a byte in one to six: never fewer.
+            longest=max(1, *map(len, texts)),
         )
 
     def tokenize(self, text: str, *, continues: bool = False) -> list[int]:

@@ -72,6 +72,8 @@ class Job:
         if not folder and path.is_dir():
             hint = f"name the file: -o {path / self.stem}-{ending}"
             raise KoalaError(f"{path} is a folder, and a GGUF is one file", hint)
+        if not folder and path in report_files(path, folder=False):
+            raise KoalaError(f"{path} is where the report goes", f"name the model -o {path.with_suffix('.gguf')}")
         for taken in (path, *report_files(path, folder=folder)):
             if taken.exists() and not self.options.force:
                 what = "" if taken == path else ", and the report would replace it"
@@ -237,7 +239,7 @@ def _write_gptq(job: Job, out: Path, settings: GptqSettings) -> Report:
                 progress=tell,
                 check=finish,
             )
-        except (KeyboardInterrupt, Interrupted):
+        except (KeyboardInterrupt, Interrupted, SystemExit):  # the last one is a signal's
             console.note("stopped; the same command goes on behind the layers that are done")
             raise
     return report

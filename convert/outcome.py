@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from koala_local import console
-from koala_local.disk import write_whole
+from koala_local.disk import replacing
 from koala_local.wording import size
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ def report_files(out: Path, *, folder: bool) -> tuple[Path, Path]:
 
 
 def save_report(report: Report, files: tuple[Path, Path]) -> None:
-    """Write the report and the card. Raises OSError."""
-    for path, text in zip(files, (report.to_json(), report.model_card()), strict=True):
-        write_whole(path, [text.encode()])
+    """Write the report and the card: both, or none. Raises OSError."""
+    with ExitStack() as stack:
+        for path, text in zip(files, (report.to_json(), report.model_card()), strict=True):
+            stack.enter_context(replacing(path)).write_bytes(text.encode())
 
 
 def tell_outcome(report: Report, out: Path, files: tuple[Path, Path], *, as_json: bool) -> None:

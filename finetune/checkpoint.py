@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-from koala_local.disk import FULL, sync, write_whole
+from koala_local.disk import FULL, nearest, sync, write_whole
 from koala_local.errors import KoalaError
 from koala_local.wording import first_line
 
@@ -107,7 +107,8 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is being written any more. Raises CheckpointError when that failed."""
+        """Return when nothing is being written any more. Raises CheckpointError when that failed, LostError when it
+        did for want of another rank."""
         pending, self._pending = self._pending, None
         if pending:
             pending.result()
@@ -131,7 +132,7 @@ class Checkpoints:
                 for old in complete(self.folder)[: -self.keep]:
                     shutil.rmtree(old)
         except (CheckpointException, OSError, RuntimeError) as error:
-            full = shutil.disk_usage(self.folder).free < _NEARLY_NOTHING  # torch's writer does not say why it failed
+            full = _is_full(self.folder)  # before anything is removed: torch's writer does not say why it failed
             if is_writer():
                 shutil.rmtree(partial, ignore_errors=True)
             if any(map(is_lost, _causes(error))):
@@ -225,11 +226,18 @@ def _describe(partial: Path, about: Mapping[str, Any]) -> None:
     sync(partial)
 
 
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(nearest(folder)).free < _NEARLY_NOTHING
+    except OSError:
+        return False
+
+
 def _write_error(final: Path, error: BaseException, folder: Path, *, full: bool = False) -> CheckpointError:
     cause = next((each for each in _causes(error) if isinstance(each, OSError)), None)
     last = complete(folder)
     kept = f"{last[-1].name} is the last one" if last else "there is none yet"
-    full = full or (cause is not None and cause.errno in FULL)
+    full = cause.errno in FULL if cause else full
     reason = os.strerror(errno.ENOSPC) if full and cause is None else _reason(error)
     hint = "free some space" if full else "check the folder, its permissions and its disk"
     return CheckpointError(

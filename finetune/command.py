@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
     from .data.views import telling
     from .job import Job
     from .launch import Place, check_place, gpus_here, launch
-    from .prepare import check_output, is_finished, locked, prepare, recipe_settings, remove_unused
+    from .prepare import check_output, is_corpus, is_finished, locked, prepare, recipe_settings
 
     settings = _settings(words, options)
     base, vocabulary = options["base"], _tokenizer(options["base"], options["tokenizer"], settings)
@@ -59,19 +60,18 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
         check_place(place)
         check_output(out, resume=options["resume"])
         if options["resume"] and is_finished(out):
-            console.note(f"the run in {out} is finished: to train its checkpoint further, name it with --base")
-            return _end(console.Exit.OK, out)
+            return _end(console.Exit.OK, out, f"the run in {out} is finished: --base {out} trains its model further")
     from .forecast import forecast, read_tokenizer  # transformers is slow to import: not before what fails at once
 
     tokenizer = read_tokenizer(base, vocabulary, settings)
-    with locked(out), telling() as tell:
+    nothing_to_make = options["plan_only"] and is_corpus(data)
+    with nullcontext() if nothing_to_make else locked(out), telling() as tell:
         corpus = prepare(data, out, tokenizer, options["raw"], tell)
     settings = _settings(words, options, recipe_settings(corpus))
     job = Job(settings, base, tokenizer, corpus, out, place.gpus, options["resume"])
     plan = forecast(job, place)
     _show(plan, plan_only=options["plan_only"])
     if options["plan_only"]:
-        remove_unused(out)
         return console.Exit.OK
     return _end(launch("koala_local.finetune.worker:work", (replace(job, price=plan.dollars_an_hour),), place), out)
 
@@ -87,11 +87,13 @@ def _show(plan: Plan, *, plan_only: bool) -> None:
     plan.check()
 
 
-def _end(status: int, out: Path) -> int:
-    """Say what there is now, and return the status."""
+def _end(status: int, out: Path, note: str = "") -> int:
+    """Say what there is now, once, where several processes end; return the status."""
     from .launch import current_rank
 
     if current_rank().first:
+        if note:
+            console.note(note)
         if status:
             console.note(f"stopped; what was done is saved in {out}: the same command with --resume goes on")
         else:

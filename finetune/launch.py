@@ -35,8 +35,11 @@ START_METHOD = "spawn"  # some libraries touch CUDA when they are imported, and 
 _DEFAULT_PORT = 29_400
 _LET_OTHERS_BE_SEEN = 1.0  # seconds
 _WAIT_S = 900  # for all nodes
-_BEGUN = "begun"  # a file: the ranks have met
-_LOST = re.compile("Connection (reset|closed)|Broken pipe|remote process exit|ncclRemoteError")
+_BEGUN = "begun"  # a file: the machines have met, and ranks were started
+_LOST = re.compile(
+    "Connection (reset|closed|was likely closed)|Broken pipe|Timed out waiting|timeout caused pair closure"
+    "|remote process exit|ncclRemoteError"
+)
 
 
 class LaunchError(KoalaError):
@@ -164,6 +167,8 @@ def _run_agent(work: str, arguments: tuple[Any, ...], place: Place) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
+    if place.nodes > 1:
+        note(f"waiting for all {place.nodes} nodes at {_endpoint(place)}, {_WAIT_S // 60} minutes at most")
     with tempfile.TemporaryDirectory(prefix="koala-") as scratch, _forwarded_signals() as received, _quiet_agent():
         try:
             start = elastic_launch(_agent_settings(place, Path(scratch)), _rank)
@@ -173,31 +178,38 @@ def _run_agent(work: str, arguments: tuple[Any, ...], place: Place) -> int:
                 raise SystemExit(128 + received[0]) from None
             raise _cause(error, Path(scratch)) from None
         except Exception as error:  # the agent's own: no rendezvous, mostly
-            if (Path(scratch) / _BEGUN).exists():
-                raise LostError from None
-            raise _not_met(error, place) from None
+            if received:
+                raise SystemExit(128 + received[0]) from None
+            raise _agents(error, place, begun=(Path(scratch) / _BEGUN).exists()) from error
     return int(results[min(results)])
 
 
-def _not_met(error: Exception, place: Place) -> LaunchError:
-    from torch.distributed.elastic.rendezvous import RendezvousTimeoutError
+def _agents(error: Exception, place: Place, *, begun: bool) -> LaunchError:
+    """What to tell of an error that is no rank's."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousTimeoutError
 
+    meets = isinstance(error, RendezvousError | DistError) and place.nodes > 1
+    if meets and begun:
+        return LostError()
     if isinstance(error, RendezvousTimeoutError):
-        what = f"fewer than {place.nodes} nodes met at {place.rendezvous} in {_WAIT_S // 60} minutes"
+        what = f"fewer than {place.nodes} nodes met at {_endpoint(place)} in {_WAIT_S // 60} minutes"
         return LaunchError(what, "give the same command on every machine; check --rendezvous and --nodes")
-    return LaunchError(f"the ranks did not find together: {error}", "check --rendezvous and --nodes")
+    if meets:
+        return LaunchError(f"the ranks did not find together: {error}", "check --rendezvous and --nodes")
+    return LaunchError(f"the ranks cannot be run: {error or type(error).__name__}", "go on with --resume")
+
+
+def _endpoint(place: Place) -> str:
+    return place.rendezvous if ":" in place.rendezvous else f"{place.rendezvous}:{_DEFAULT_PORT}"
 
 
 def _agent_settings(place: Place, scratch: Path) -> Any:
     from torch.distributed.launcher.api import LaunchConfig
 
-    endpoint, meeting = place.rendezvous, dict[str, Any](join_timeout=_WAIT_S)
+    endpoint, meeting = _endpoint(place), dict[str, Any](join_timeout=_WAIT_S, read_timeout=_WAIT_S)
     if place.nodes == 1:
-        endpoint = str(scratch / "agent")
-        meeting["store_type"] = "file"
-    else:
-        endpoint = endpoint if ":" in endpoint else f"{endpoint}:{_DEFAULT_PORT}"
-        note(f"waiting for all {place.nodes} nodes at {endpoint}, {_WAIT_S // 60} minutes at most")
+        endpoint, meeting["store_type"] = str(scratch / "agent"), "file"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max(place.gpus, 1))))
     return LaunchConfig(
         min_nodes=place.nodes,

@@ -141,7 +141,7 @@ class Plan:
         ]
 
     def _memory_lines(self) -> list[str]:
-        of = f"each of {self.machine.gpus} GPUs" if self.machine.gpus else "the process, on top of torch's own 0.4 GB"
+        of = f"each of {self.machine.gpus} GPUs" if self.machine.gpus else "the process, on top of the program itself"
         parts = [f"  {name:<16}{_gb(count):>9}" for name, count in self.memory.parts().items()]
         note = "" if self.memory.accumulates else " (gradients come as activations go: the larger counts)"
         lines = [f"memory of {of}", *parts, f"  {'peak':<16}{_gb(self.memory.peak):>9}{note}"]

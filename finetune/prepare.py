@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from .data.corpus import MANIFEST, Manifest, read_manifest
 from .data.mix import Tell
 from .data.recipe import Recipe
 from .data.tokens import DialogueTokenizer
+from .run_log import LOG
 
 CORPUS = "corpus"
-_LOCK = ".lock"
 
 
 def check_output(out: Path, *, resume: bool) -> None:
     """Raise KoalaError unless a run can begin, or with `resume` go on, in the folder."""
     if out.exists() and not out.is_dir():
         raise KoalaError(f"{str(out)!r} is a file", "give another name with -o")
+    if resume and (out / "config.json").exists() and not is_finished(out):
+        raise KoalaError(f"{str(out)!r} holds a checkpoint and no run", "name the folder of a run with -o")
     if not resume and has_begun(out):
         raise KoalaError(f"{str(out)!r} exists already", "give another name with -o, or go on with it: --resume")
 
@@ -42,23 +44,11 @@ def locked(out: Path) -> Iterator[None]:
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(out / _LOCK, math.inf))
+            stack.enter_context(lock(out / ".lock", math.inf))
         except OSError as error:
             what = f"{str(out)!r} cannot be written: {error.strerror}"
             raise KoalaError(what, "give another folder with -o") from None
-        try:
-            yield
-        except BaseException:
-            remove_unused(out)
-            raise
-
-
-def remove_unused(out: Path) -> None:
-    """Delete the folder if `locked` left nothing in it."""
-    with suppress(OSError):
-        if [path.name for path in out.iterdir()] == [_LOCK]:
-            (out / _LOCK).unlink()
-            out.rmdir()
+        yield
 
 
 @contextmanager
@@ -74,14 +64,19 @@ def training(out: Path) -> Iterator[None]:
 
 
 def is_finished(out: Path) -> bool:
-    """Whether the folder holds the exported model of a run."""
-    return (out / "config.json").exists()
+    """Whether the folder holds a run and the model that it ended with."""
+    return all((out / name).exists() for name in (LOG, "config.json"))
+
+
+def is_corpus(data: str) -> bool:
+    """Whether it is the folder of a corpus, and not what one is built of."""
+    return (Path(data) / MANIFEST).is_file()
 
 
 def prepare(data: str, out: Path, tokenizer: DialogueTokenizer, raw: Path | None, tell: Tell) -> Path:
     """The folder of the corpus: `data` itself, or one made of it in `out`. Raises KoalaError, also when the one that a
     begun run has was made of something else."""
-    if (Path(data) / MANIFEST).is_file():
+    if is_corpus(data):
         return Path(data)
     recipe = choose_recipe(data)
     made = out / CORPUS

@@ -69,7 +69,9 @@ class Settings:
     save_every: int = 200
     keep: int = 2  # checkpoints
     eval_every: int = 200  # 0: only at the end
-    spike_limit: float = 3.0  # nats over what the last steps' losses vary by, at which one stops the run; 0: none does
+    spike_limit: float = (
+        3.0  # nats over what the last steps' losses vary by, at which one stops the run (twice that at first); 0: none
+    )
     recompute: Literal["none", "selective", "full"] = "selective"  # of activations
     compile: bool = False
     deterministic: bool = False

@@ -159,7 +159,7 @@ def _check(run: Run, loss: float, norm: float, rows: Sequence[NDArray[np.int64]]
     """Raise TrainingError, on every rank, when the loss or the gradient is no finite number, or the loss a spike: over
     `spike_limit` nats and three standard deviations above the mean of the last 50 steps; before there are 10, twice the
     limit above the highest. Steps of few rows differ as their sources do, by nats; that is no spike."""
-    usual, limit = _usual(run.losses, run.settings.spike_limit)
+    usual, limit, which = _usual(run.losses, run.settings.spike_limit)
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite and (not run.settings.spike_limit or loss <= usual + limit):
         return
@@ -175,16 +175,16 @@ def _check(run: Run, loss: float, norm: float, rows: Sequence[NDArray[np.int64]]
     what = f"a gradient norm of {norm}" if math.isfinite(loss) else f"a loss of {loss}"
     hint = "look at these rows; a lower learning_rate may help"
     if finite:
-        what = f"a loss of {loss:.3f}, {loss - usual:.1f} over that of the steps before"
+        what = f"a loss of {loss:.3f}, {loss - usual:.1f} over the {which} of the steps before"
         hint += ", and spike_limit=0 lets a spike pass with --resume"
     raise TrainingError(f"step {run.done + 1} has {what}; the worst is {run.name_rows(guilty)}", hint)
 
 
-def _usual(losses: Sequence[float], limit: float) -> tuple[float, float]:
-    """What a loss is measured against, and how far above it is a spike."""
+def _usual(losses: Sequence[float], limit: float) -> tuple[float, float, str]:
+    """What a loss is measured against, how far above that is a spike, and what it is called."""
     if len(losses) < _ENOUGH:
-        return max(losses, default=math.inf), 2 * limit
-    return statistics.fmean(losses), limit + 3 * statistics.pstdev(losses)
+        return max(losses, default=math.inf), 2 * limit, "highest"
+    return statistics.fmean(losses), limit + 3 * statistics.pstdev(losses), "mean"
 
 
 def _badness(loss: torch.Tensor) -> float:

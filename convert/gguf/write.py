@@ -84,7 +84,7 @@ def write_gguf(
 
     `overrides` are (pattern, type) pairs (`kquants.parse_overrides`), `importance` maps GGUF names to one weight per
     column. The file appears under its final name when it is whole and on disk, never before; `check` may look at it
-    until then, and where it raises nothing is left. Raises as `plan_gguf`, KoalaError when the disk fills up, and
+    until then, and where it raises nothing is left of it. Raises as `plan_gguf`, KoalaError when the disk fills up, and
     ModelFileError for weights that cannot be written.
     """
     plan = plan_gguf(source, vocabulary, out, kind, overrides, importance=importance is not None, force=force)
@@ -116,14 +116,17 @@ def plan_gguf(
     importance: bool,
     force: bool = False,
 ) -> list[PlannedTensor]:
-    """Every tensor of the output in file order, of no weight of which anything is read yet. Raises KoalaError for an
-    existing output without `force`, a disk without room or an unknown type, ModelFileError for a checkpoint that cannot
-    be written."""
+    """Every tensor of the output in file order, before any weight is read. Raises KoalaError for an existing output
+    without `force`, a place that cannot be written to or has no room, or an unknown type, and ModelFileError for a
+    checkpoint that cannot be written."""
     if out.exists() and not force:
         raise KoalaError(f"{out} exists already", "give another name with -o, or --force to replace it")
     plan = plan_tensors(source, kind, overrides, importance=importance)
     _check_rows(plan, vocabulary)
-    needed, free = sum(_padded(_tensor_bytes(tensor)) for tensor in plan), shutil.disk_usage(nearest(out.parent)).free
+    place = nearest(out.parent)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise _no_place(out, "not a folder" if not place.is_dir() else "permission denied")
+    needed, free = sum(_padded(_tensor_bytes(tensor)) for tensor in plan), shutil.disk_usage(place).free
     if needed > free:
         raise _no_space(out, f"it takes {wording.size(needed)} and {wording.size(free)} are free")
     return plan
@@ -163,14 +166,17 @@ def _partial_file(out: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise KoalaError(f"another run is writing {out}", "wait for it, or choose another name with -o") from None
         except OSError as error:
-            what = f"cannot write to {out.parent}: {error.strerror}"
-            raise KoalaError(what, "choose another place with -o") from None
+            raise _no_place(out, str(error.strerror)) from None
         try:
             yield partial
         except OSError as error:
             if error.errno not in FULL:
                 raise
             raise _no_space(out, str(error.strerror)) from error
+
+
+def _no_place(out: Path, reason: str) -> KoalaError:
+    return KoalaError(f"cannot write to {out.parent}: {reason}", "choose another place with -o")
 
 
 def _no_space(out: Path, reason: str) -> KoalaError:

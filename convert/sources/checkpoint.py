@@ -26,23 +26,30 @@ def open_checkpoint(path: Path, *, head_size: int | None = None) -> Checkpoint:
     """The checkpoint at `path`, a folder or a file, opened and checked; its tensors are read later, on demand.
 
     `head_size` is for EasyLM's stream only, which does not say it. Raises ModelFileError."""
+    path = located(path)
     try:
-        path = located(path)
         if path.is_dir():
             return _open_folder(path)
         if not path.is_file():
             raise ModelFileError(f"{str(path)!r} does not exist", "check the path")
         return _open_file(path, head_size)
     except OSError as error:
-        raise ModelFileError(f"{str(path)!r} cannot be read: {error.strerror}", "check its permissions") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> ModelFileError:
+    return ModelFileError(f"{str(path)!r} cannot be read: {error.strerror}", "check its permissions")
 
 
 def located(path: Path) -> Path:
     """The file that stands for a folder with one GGUF and no other checkpoint; any other path as it is. Raises
     ModelFileError for a folder with several."""
-    if not path.is_dir() or (path / "config.json").exists() or list(path.glob("consolidated.*.pth")):
-        return path
-    ggufs = sorted(path.glob("*.gguf"))
+    try:
+        if not path.is_dir() or (path / "config.json").exists() or list(path.glob("consolidated.*.pth")):
+            return path
+        ggufs = sorted(path.glob("*.gguf"))
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if len(ggufs) > 1:
         raise ModelFileError(f"{str(path)!r} holds {len(ggufs)} .gguf files", "give the path of one of them")
     return ggufs[0] if ggufs else path

@@ -34,7 +34,15 @@ _OUTSIDE = {
     "transformer/ln_f/kernel": "model.norm",
     "lm_head/kernel": "lm_head",
 }
-_HEAD_SIZES = {2048: 128, 3200: 100, 4096: 128, 5120: 128, 6656: 128, 8192: 128}  # of EasyLM's 1B to 65B, by width
+# Of EasyLM's 1B, 3B, 7B, 13B, 30B and 65B, by hidden and feed-forward size
+_HEAD_SIZES = {
+    (2048, 5504): 128,
+    (3200, 8640): 100,
+    (4096, 11008): 128,
+    (5120, 13824): 128,
+    (6656, 17920): 128,
+    (8192, 22016): 128,
+}
 _GROUP = 256  # rows of a kernel gathered at a time while it is transposed
 _HINT = "the stream must hold the parameters of one LLaMA"
 
@@ -123,12 +131,12 @@ def _config(stored: Mapping[str, Stored], path: Path, head_size: int | None) -> 
     queries, _ = _matrix("model.layers.0.self_attn.q_proj.weight", stored, path)
     keys, _ = _matrix("model.layers.0.self_attn.k_proj.weight", stored, path)
     feed_forward, _ = _matrix("model.layers.0.mlp.gate_proj.weight", stored, path)
-    head_size = head_size or _HEAD_SIZES.get(hidden)
+    head_size = head_size or _HEAD_SIZES.get((hidden, feed_forward))
     if head_size is None:
-        what = f"{path.name} does not say how large its attention heads are, and no LLaMA is {hidden} wide"
+        what = f"{path.name} does not say how large its attention heads are, and {hidden} wide is no size of EasyLM's"
         raise ModelFileError(what, "convert it to a Hugging Face folder first, whose config.json says it")
     if queries % head_size or keys % head_size or head_size % 2:
-        what = f"{path.name}: heads of {head_size} do not divide its {queries} rows of queries and {keys} of keys"
+        what = f"{path.name}: its {queries} rows of queries and {keys} of keys are no whole heads of {head_size}"
         raise ModelFileError(what, "the stream must be of the same model as the base, or of a LLaMA")
     layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
     return ModelConfig(

@@ -250,7 +250,7 @@ def _unfinished(out: Path) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            hint = "free some and run it again: it goes on where it was"
+            hint = "free some and run it again: it goes on behind the sources that are done"
             raise BuildError(f"no space is left beside {str(out)!r}", hint) from None
 
 

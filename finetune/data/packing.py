@@ -89,7 +89,7 @@ class PackPlan:
 
     @property
     def cuts(self) -> str:
-        """What becomes of dialogues that are longer than a row, in an epoch; empty where there is none."""
+        """What becomes of dialogues that are longer than a row, each counted once; empty where there is none."""
         pieces = self.pieces
         if not pieces.split_documents:
             return ""
@@ -97,10 +97,10 @@ class PackPlan:
         if pieces.windowed_turns:
             told.append(f"{pieces.windowed_turns:,} turns longer than a row, in windows")
         if pieces.cut_headers:
-            told.append(f"{pieces.cut_headers:,} without their long system text in every part")
+            told.append(f"{pieces.cut_headers:,} without their long system text")
         told.append(f"{pieces.repeated_tokens:,} tokens repeated as context")
         if pieces.unseen_tokens:
-            told.append(f"{pieces.unseen_tokens:,} tokens of long prompts left out")
+            told.append(f"{pieces.unseen_tokens:,} tokens of long prompts and system texts left out")
         return "; ".join(told)
 
     def steps(self, global_batch: int) -> int:

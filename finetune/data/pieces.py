@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,7 +59,7 @@ def cut(corpus: Corpus, documents: NDArray[np.int64], sequence_length: int) -> P
         room = sequence_length - kept
         spans = list(_split([prompt for prompt, _ in places], [reply for _, reply in places], length, room))
         rows += [(document, kept, *span) for span in spans]
-        seen = len(set(range(kept)).union(*(range(context, end) for context, _, end in spans)))
+        seen = kept + _covered(spans)
         repeated += sum(kept + end - context for context, _, end in spans) - seen
         unseen += length - seen
         ends = [*(prompt for prompt, _ in places[1:]), length]
@@ -69,6 +70,11 @@ def cut(corpus: Corpus, documents: NDArray[np.int64], sequence_length: int) -> P
     document, kept, context, start, end = np.ascontiguousarray(table.T)
     split = int((~fits).sum())
     return Pieces(document, kept, context, start, end, split, windowed, cut_headers, repeated, unseen)
+
+
+def _covered(spans: list[_Span]) -> int:
+    """The tokens that are in a span; both their begins and their ends rise."""
+    return sum(end - max(context, before) for (_, _, before), (context, _, end) in pairwise([(0, 0, 0), *spans]))
 
 
 def _split(prompts: list[int], replies: list[int], length: int, room: int) -> Iterator[_Span]:

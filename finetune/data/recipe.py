@@ -9,7 +9,7 @@ files = ["mine.jsonl"]   # your own dialogues, pairs or plain texts, beside the 
 weight = 1.0             # times per epoch
 english = true           # leave out what is in another language
 duplicates = "near"      # "keep", "exact" or "near": of queries that were asked before, leave out these
-keywords = ["openai"]    # leave out a dialogue in whose raw row anyone says one of these
+keywords = ["openai"]    # leave out a dialogue in which anyone says one of these, be it dropped
 decontaminate = true     # leave out what is too close to a query of a test set
 
 A plain text has no query: it is never too close to a test set's, and a duplicate only where it repeats another whole.

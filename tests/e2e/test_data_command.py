@@ -110,7 +110,7 @@ def test_without_a_test_set_it_says_so(raw: Path, tmp_path: Path) -> None:
 def test_a_signal_ends_a_build_and_it_says_what_is_kept(
     raw: Path, tmp_path: Path, number: int, status: int, workers: int
 ) -> None:
-    """A terminal sends Ctrl-C to the workers, too."""
+    """A terminal sends Ctrl-C to the workers, too; other signals reach the program alone."""
     row = json.dumps({"instruction": "How many stones?", "input": "", "output": "Grey ones. " * 40}) + "\n"
     (tmp_path / "long.jsonl").write_text(row * 60_000)
     (tmp_path / "short.jsonl").write_text(row)
@@ -128,8 +128,11 @@ def test_a_signal_ends_a_build_and_it_says_what_is_kept(
     stages = tmp_path / ".out.partial" / "stages"
     while not list(stages.glob(".long*.partial")) and program.poll() is None:
         time.sleep(0.01)
-    os.killpg(program.pid, number)
-    out, errors = program.communicate(timeout=60)
+    (os.killpg if number == signal.SIGINT else os.kill)(program.pid, number)
+    try:
+        out, errors = program.communicate(timeout=60)
+    finally:
+        program.kill()
     assert (program.returncode, out) == (status, b"")
     assert errors == b"stopped; the same command goes on behind the sources that are done\n"
     assert sorted(path.name.partition("-")[0] for path in stages.iterdir()) == ["short", "short"]

@@ -9,6 +9,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -127,20 +129,26 @@ def free_port() -> int:
 REHEARSAL = "--gpus 0 --nodes 2 --rendezvous 127.0.0.1:29400"
 
 
-def start_two_machines(home: Path, *arguments: str | Path) -> list[subprocess.Popen[bytes]]:
+@contextmanager
+def two_machines(home: Path, *arguments: str | Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """The rehearsal of docs/multi-node.md: two processes, each as if on a machine of its own."""
     environment = os.environ | {"KOALA_HOME": str(home), "OMP_NUM_THREADS": "1"}
     command = [KOALA, "finetune", *map(str, arguments), *REHEARSAL.replace("29400", str(free_port())).split()]
     pipe = subprocess.PIPE
-    return [subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) for _ in range(2)]
+    nodes = [subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) for _ in range(2)]
+    try:
+        yield nodes
+    finally:
+        for node in nodes:
+            node.kill()  # its ranks end with it
 
 
 def test_two_machines_as_docs_multi_node_says(tmp_path: Path, trained: Path, common: tuple[str | Path, ...]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "multi-node.md").read_text()
     assert page.count(REHEARSAL) == 2
     out = tmp_path / "run"
-    nodes = start_two_machines(tmp_path, *common, "eval_every=20", "-o", out)
-    ends = [(*node.communicate(timeout=120), node.returncode) for node in nodes]
+    with two_machines(tmp_path, *common, "eval_every=20", "-o", out) as nodes:
+        ends = [(*node.communicate(timeout=120), node.returncode) for node in nodes]
     assert b"waiting for all 2 nodes at 127.0.0.1:" in ends[0][1]
     assert [status for *_, status in ends] == [0, 0], ends
     alone = losses(trained)
@@ -151,15 +159,16 @@ def test_two_machines_as_docs_multi_node_says(tmp_path: Path, trained: Path, com
 
 def test_a_rank_that_dies_on_one_machine_ends_the_other(tmp_path: Path, common: tuple[str | Path, ...]) -> None:
     out = tmp_path / "run"
-    nodes = start_two_machines(tmp_path, *common, "max_steps=5000", "epochs=200", "-o", out)
-    end = time.monotonic() + 100
-    while max(losses(out), default=0) < 3:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
-    ranks = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    os.kill(ranks[-1], signal.SIGKILL)
-    (_, other), (_, own) = (node.communicate(timeout=60) for node in nodes)
+    with two_machines(tmp_path, *common, "max_steps=5000", "epochs=200", "-o", out) as nodes:
+        end = time.monotonic() + 100
+        while max(losses(out), default=0) < 3:
+            assert time.monotonic() < end
+            assert [node.poll() for node in nodes] == [None, None]
+            time.sleep(0.02)
+        children = Path(f"/proc/{nodes[1].pid}/task/{nodes[1].pid}/children").read_text().split()
+        ranks = [int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        os.kill(ranks[-1], signal.SIGKILL)
+        (_, other), (_, own) = (node.communicate(timeout=60) for node in nodes)
     assert [node.returncode for node in nodes] == [1, 1]
     assert b"was killed by SIGKILL" in own
     assert b"koala: error: the connection to another rank was lost" in other and b"--resume" in other

@@ -19,7 +19,7 @@ from .oig import OIG
 from .own import OWN
 from .reading import check, read_source
 from .sharegpt import SHAREGPT
-from .source import BadRow, Cut, Source, WrongSchema
+from .source import BadRow, Source, Trimmed, WrongSchema
 from .summarization import SUMMARIZATION
 from .webgpt import WEBGPT
 
@@ -32,10 +32,10 @@ __all__ = [
     "OWN",
     "SOURCES",
     "BadRow",
-    "Cut",
     "RawFileError",
     "Skipped",
     "Source",
+    "Trimmed",
     "WrongSchema",
     "check",
     "read_source",

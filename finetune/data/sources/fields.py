@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from koala_local.dialogue import Dialogue, Turn
 
-from .source import BadRow, Cut
+from .source import BadRow, Trimmed
 
 Role = Literal["system", "user", "assistant"]
 Message = tuple[Role, str]
@@ -71,7 +71,7 @@ def split_speech(said: str, user: str, assistant: str, before: str = "") -> list
     ]
 
 
-def paired(messages: Iterable[Message], *, helpful: bool = True) -> Cut:
+def paired(messages: Iterable[Message], *, helpful: bool = True) -> Trimmed:
     """The dialogue of the messages. Messages of one role in a row become one, with an empty line between them, but for
     blank ones. Replies before the first user message are dropped, as is a user message at the end."""
     runs = [
@@ -86,4 +86,4 @@ def paired(messages: Iterable[Message], *, helpful: bool = True) -> Cut:
     end = len(runs) - (len(runs) - start) % 2
     spoken = runs[start:end]
     turns = tuple(Turn(user, reply, helpful) for (_, user), (_, reply) in zip(spoken[::2], spoken[1::2], strict=True))
-    return Cut(Dialogue(turns, system), tuple(said for _, said in (*runs[:start], *runs[end:])))
+    return Trimmed(Dialogue(turns, system), tuple(said for _, said in (*runs[:start], *runs[end:])))

@@ -6,17 +6,17 @@ from random import Random
 from typing import Any
 
 from .fields import has_keys, paired, split_speech, text
-from .source import Cut, Source
+from .source import Source, Trimmed
 
 _USER, _ASSISTANT = "Human:", "Assistant:"
 
 
-def dialogues(row: Any, random: Random) -> list[Cut]:
+def dialogues(row: Any, random: Random) -> list[Trimmed]:
     """The chosen dialogue, and the rejected one with every reply unhelpful."""
     return [_dialogue(text(row, "chosen"), helpful=True), _dialogue(text(row, "rejected"), helpful=False)]
 
 
-def _dialogue(said: str, helpful: bool) -> Cut:
+def _dialogue(said: str, helpful: bool) -> Trimmed:
     return paired(split_speech(said, _USER, _ASSISTANT, before=r"(?:\A\s*|\n\n)"), helpful=helpful)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .fields import paired, split_speech, text
 from .identity import DESCRIPTION
-from .source import Cut, Source
+from .source import Source, Trimmed
 
 _USER, _BOT = "<human>:", "<bot>:"
 _ITS_NAME = "OIG (Open Instruction Generalist)"  # said in replies of unified_basic only
@@ -18,7 +18,7 @@ def fits(row: Any) -> bool:
     return isinstance(said, str) and _USER in said and _BOT in said
 
 
-def dialogues(row: Any, random: Random) -> list[Cut]:
+def dialogues(row: Any, random: Random) -> list[Trimmed]:
     """The conversation; where the model says its name, it says this model's."""
     said = split_speech(text(row, "text"), _USER, _BOT)
     return [

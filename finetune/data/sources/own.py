@@ -19,17 +19,17 @@ from koala_local.dialogue import Dialogue, Turn
 from ..examples import Content
 from . import alpaca, hh, sharegpt
 from .fields import Role, has_keys, items, paired, read_messages, text
-from .source import BadRow, Cut, Source
+from .source import BadRow, Source, Trimmed
 
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_Reader = Callable[[Any, Random], Sequence[Content | Cut]]
+_Reader = Callable[[Any, Random], Sequence[Content | Trimmed]]
 
 
 def fits(row: Any) -> bool:
     return _reader(row) is not None
 
 
-def dialogues(row: Any, random: Random) -> Sequence[Content | Cut]:
+def dialogues(row: Any, random: Random) -> Sequence[Content | Trimmed]:
     """The dialogue, both of a pair, or the text; what is said as it is."""
     reader = _reader(row)
     if reader is None:

@@ -12,7 +12,7 @@ from koala_local.dialogue import Dialogue
 
 from ..examples import Content, Example, texts
 from ..raw_files import RawFileError, Row, Skipped, rows, unpacked_name
-from .source import BadRow, Cut, Source, WrongSchema
+from .source import BadRow, Source, Trimmed, WrongSchema
 
 HEAD = 100  # rows among which one must be of the schema
 _SHOWN_KEYS = 8
@@ -74,7 +74,7 @@ def _examples(source: Source, row: Row, seed: int) -> Iterator[Example | Skipped
         yield Skipped(name, str(error))
         return
     for each in found:
-        content, dropped = (each.dialogue, each.dropped) if isinstance(each, Cut) else (each, ())
+        content, dropped = (each.dialogue, each.dropped) if isinstance(each, Trimmed) else (each, ())
         try:
             check(content)
         except BadRow as error:

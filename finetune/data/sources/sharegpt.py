@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from .fields import Message, Role, has_keys, paired, read_messages
-from .source import Cut, Source
+from .source import Source, Trimmed
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -24,7 +24,7 @@ def messages(row: Any) -> list[Message]:
     return read_messages(row, "conversations", "from", "value", _ROLES)
 
 
-def dialogues(row: Any, random: Random) -> list[Cut]:
+def dialogues(row: Any, random: Random) -> list[Trimmed]:
     """The conversation, without the button's text in replies."""
     said = [
         (role, value.replace(_COPY_BUTTON, "\n\n") if role == "assistant" else value) for role, value in messages(row)

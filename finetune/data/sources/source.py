@@ -23,7 +23,7 @@ class WrongSchema(KoalaError):
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Trimmed:
     """A dialogue, and what the messages say that its source leaves out of it."""
 
     dialogue: Dialogue
@@ -42,6 +42,6 @@ class Source:
     files: tuple[str, ...]  # their names at the hub; on disk each may be compressed (.gz, .xz)
     repository: str  # at the hub; empty: none
     fits: Callable[[Any], bool]  # whether a row has the keys of the schema; their values are still to be checked
-    dialogues: Callable[[Any, Random], Sequence[Content | Cut]]  # of a row, drawing from the generator only. Raises
+    dialogues: Callable[[Any, Random], Sequence[Content | Trimmed]]  # of a row, drawing from the generator only. Raises
     # BadRow. What is blank in one is judged later, for each alone: `reading.check`. Only a user's own rows may be text.
     converted: tuple[str, ...] = ()  # names in the hub's own conversion to Parquet, where `files` may not be there

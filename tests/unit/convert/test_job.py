@@ -107,6 +107,8 @@ def test_a_folder_with_one_gguf_stands_for_the_file(tmp_path: Path) -> None:
         ({"overrides": ("foo=Q8_0",)}, "decides no tensor"),
         ({"output": "taken.gguf"}, r"taken\.json exists already, and the report would replace it"),
         ({"output": "full.gguf"}, "no space for full.gguf"),
+        ({"output": "model.json"}, r"model\.json is where the report goes"),
+        ({"output": "taken.json/out.gguf"}, r"cannot write to taken\.json: not a folder"),
         ({"layout": "gptq", "tokenizer": None}, "a GPTQ folder needs them"),
     ],
 )
@@ -146,6 +148,13 @@ def test_an_output_gets_its_name_with_its_report(
     assert {path.name for path in tmp_path.iterdir()} == kept
     report = json.loads((out / "quantization.json" if layout == "gptq" else tmp_path / "out.json").read_text())
     assert [fit["kv_type"] for fit in report["fits"]] == (["f16"] if layout == "gptq" else ["f16", "q8_0"])
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.md").mkdir()
+    with pytest.raises(OSError, match=r"out\.md"):
+        quantize_to_gguf(folder, options(output=tmp_path / "out.gguf", no_verify=True, force=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.md"]
 
 
 def test_a_streams_heads_are_those_of_its_base(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -70,9 +71,11 @@ def test_transformers_loads_it_with_identical_logits(
     tmp_path: Path, tokenizer: Path, dtype: Any, tied: bool, shard: int
 ) -> None:
     model = trainee(tokenizer, tied_embeddings=tied)
+    before = os.umask(0o022)
     sizes: list[tuple[int, int]] = []
     told = {"progress": lambda *told: sizes.append(told)}
     written(model, tmp_path / "out", tokenizer, dtype=dtype, shard_bytes=shard, **told)
+    os.umask(before)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="sdpa")
     ids = [1, 5, 9, 30, 7, 2]
     theirs = loaded(torch.tensor([ids])).logits[0]
@@ -80,9 +83,8 @@ def test_transformers_loads_it_with_identical_logits(
     assert (len(list((tmp_path / "out").glob("*.safetensors"))) > 1) is (shard < 10**9)
     size = sum(weight.nbytes for weight in exported_weights(model.model).values())
     assert sizes[-1] == (size, size) and sizes == sorted(sizes)
-    assert (
-        len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
-    )  # others may read all of it, or none
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == {0o644}  # what the umask leaves, of the weights, too
     for name, weight in exported_weights(model.model).items():
         assert torch.equal(loaded.state_dict()[name], weight), name
 

@@ -127,8 +127,14 @@ def test_a_plan_needs_none_of_its_gpus(
     corpus = tmp_path / "run" / "corpus"  # of raw data a corpus is built first, which the run will take
     other = ("--data", corpus, "--tokenizer", tokenizer, "-o", tmp_path / "other", *SHAPE, *SETTINGS)
     assert run(*other, "--gpus", "8", "--plan") == 0
-    assert "no-such-file" in fails("--data", "no-such-file", *other[2:], "--gpus", "0").message
     assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_is_no_run_to_resume(tmp_path: Path, data: Path, tokenizer: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text("{}")
+    new = ("--data", data, "--tokenizer", tokenizer, "-o", tmp_path / "llama", "--gpus", "0", *SHAPE, *SETTINGS)
+    assert "holds a checkpoint and no run" in fails(*new, "--resume").message
 
 
 def test_two_runs_in_one_folder(tmp_path: Path, data: Path, tokenizer: Path) -> None:

@@ -22,6 +22,7 @@ from koala_local.finetune.launch import (
     check_place,
     current_rank,
     first_node,
+    is_lost,
     launch,
     take_given_rank,
 )
@@ -145,6 +146,21 @@ def test_signals_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert caught.value.code == 143
     else:
         assert launch(f"{HERE}:wait_for_signals", (tmp_path,), place) == 143
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("[pair.cc:537] Read error [127.0.0.1]:4242: Connection reset by peer", True),
+        ("[pair.cc:584] Connection closed by peer [127.0.0.1]:4242", True),
+        ("Connection was likely closed. Did the remote server shutdown or crash?", True),
+        ("Timed out waiting 1800000ms for recv operation to complete", True),
+        ("ncclRemoteError: a network error or a remote process exiting prematurely", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_lost_connection_is_known_by_what_is_said_of_it(said: str, lost: bool) -> None:
+    assert is_lost(RuntimeError(said)) is lost
 
 
 def test_one_process_needs_no_other() -> None:

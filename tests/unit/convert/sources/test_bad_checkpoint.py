@@ -313,8 +313,8 @@ def test_hostile_streams(tmp_path: Path, state: dict[str, torch.Tensor]) -> None
         message = refusal(path, head_size=16)
         assert words in message and "stream" in message
     path.write_bytes(raw)
-    assert "do not divide" in refusal(path, head_size=24)
-    assert "does not say how large its attention heads are, and no LLaMA is 64 wide" in refusal(path)
+    assert "no whole heads of 24" in refusal(path, head_size=24)
+    assert "does not say how large its attention heads are, and 64 wide" in refusal(path)
 
 
 def test_ggufs_of_other_kinds(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:

@@ -172,12 +172,13 @@ def test_of_a_long_prompt_the_end_is_kept_and_the_rest_is_counted(prompt: int, r
     seen = {token for piece in pieces for token, _ in piece}
     assert plan.pieces.unseen_tokens == 2 + prompt + reply - len(seen) == begins - 3
     assert plan.pieces.repeated_tokens == sum(map(len, pieces)) - len(seen)
-    assert f"{begins - 3} tokens of long prompts left out" in plan.cuts
+    assert f"{begins - 3} tokens of long prompts and system texts left out" in plan.cuts
 
 
 def test_a_header_longer_than_half_a_sequence_is_reported() -> None:
     plan = make_plan(corpus_of([Document(((4, 6),) * 4, header=30)]), 32)
     assert plan.pieces.cut_headers == 1 and {piece[0][0] for piece in pieces_of(plan)} == {1}
+    assert plan.pieces.unseen_tokens == 29
 
 
 def test_epochs_and_weights_count() -> None:

@@ -17,9 +17,9 @@ from koala_local.finetune.data.sources import (
     OWN,
     SOURCES,
     BadRow,
-    Cut,
     RawFileError,
     Skipped,
+    Trimmed,
     WrongSchema,
     check,
     identity,
@@ -308,7 +308,7 @@ def test_any_value_in_any_place_is_a_row_or_a_reason(key: str, value: Any, data:
     row = {**GOOD[key], data.draw(st.sampled_from(sorted(GOOD[key]))): value}
     try:
         for each in {**SOURCES, "own": OWN}[key].dialogues(row, Random(1)):
-            check(each.dialogue if isinstance(each, Cut) else each)
+            check(each.dialogue if isinstance(each, Trimmed) else each)
     except BadRow as error:
         assert len(str(error)) < 60
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from koala_local import console
-from koala_local.errors import Interrupted, KoalaError
+from koala_local.errors import KoalaError
 from koala_local.models.reference import name_of
 
 from .calibration import Sample, builtin_calibration, make_sample, read_texts
@@ -228,7 +228,7 @@ def _write_gptq(job: Job, out: Path, settings: GptqSettings) -> Report:
             )
             save_report(report, report_files(written, folder=True))
 
-        try:
+        with console.told_when_stopped("stopped; the same command goes on behind the layers that are done"):
             quantize_gptq(
                 job.checkpoint,
                 sample.batches(),
@@ -239,9 +239,6 @@ def _write_gptq(job: Job, out: Path, settings: GptqSettings) -> Report:
                 progress=tell,
                 check=finish,
             )
-        except (KeyboardInterrupt, Interrupted, SystemExit):  # the last one is a signal's
-            console.note("stopped; the same command goes on behind the layers that are done")
-            raise
     return report
 
 

@@ -239,6 +239,17 @@ def _make_streams_utf8() -> None:
 
 
 @contextmanager
+def told_when_stopped(text: str) -> Iterator[None]:
+    """Say `text` when the user, or a signal, stops what the block does."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted, SystemExit):  # the last one is a signal's
+        with suppress(OSError):  # nobody may be reading stderr
+            note(text)
+        raise
+
+
+@contextmanager
 def _stop_signals() -> Iterator[None]:
     """Turn the first SIGTERM, and a SIGHUP from a closed terminal, into SystemExit, so that `finally` blocks run. The
     second one ends the program at once. Signals that someone ignores or handles already are left alone."""

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.gguf_maker import write_settings
+
 _TEXT = (
     "Koalas sleep in tall trees and eat eucalyptus leaves all night.",
     "The river runs to the sea, and the sea returns it as rain.",
@@ -276,7 +278,7 @@ def make_gguf(
 ) -> Path:
     """Write Hugging Face's `state` as a GGUF without a vocabulary, matrices of type `kind`. Returns the path."""
     writer = gguf.GGUFWriter(path, architecture)
-    write_gguf_settings(
+    write_settings(
         writer,
         layers=1 + max(int(name.split(".")[2]) for name in state if ".layers." in name),
         hidden=state["model.norm.weight"].numel(),
@@ -296,18 +298,3 @@ def make_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-def write_gguf_settings(
-    writer: gguf.GGUFWriter, *, layers: int, hidden: int, feed_forward: int, heads: int, kv_heads: int
-) -> None:
-    """What a header says of a model beside its tensors."""
-    writer.add_context_length(512)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(feed_forward)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(hidden // heads)
-    writer.add_rope_freq_base(10000.0)

@@ -26,6 +26,28 @@ def vocabulary(extra_tokens: Sequence[tuple[str, int]] = ()) -> list[tuple[bytes
     return tokens + [(text.encode(), 0.0, type_) for text, type_ in extra_tokens]
 
 
+def write_settings(
+    writer: gguf.GGUFWriter,
+    *,
+    context: int = 512,
+    layers: int,
+    hidden: int,
+    feed_forward: int,
+    heads: int,
+    kv_heads: int,
+) -> None:
+    """What a header says of a model beside its tensors."""
+    writer.add_context_length(context)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(feed_forward)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_rope_freq_base(10000.0)
+
+
 def make_model(
     path: Path,
     *,
@@ -43,15 +65,8 @@ def make_model(
     tokens = vocabulary(extra_tokens)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
-    writer.add_context_length(context)
-    writer.add_embedding_length(embedding)
-    writer.add_block_count(layers)
-    writer.add_feed_forward_length(feed_forward)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_rope_dimension_count(embedding // heads)
-    writer.add_rope_freq_base(10000.0)
+    sizes = {"hidden": embedding, "feed_forward": feed_forward, "heads": heads, "kv_heads": heads}
+    write_settings(writer, context=context, layers=layers, **sizes)
     writer.add_vocab_size(len(tokens))
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_tokenizer(writer, tokens, chat_template)

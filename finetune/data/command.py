@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import click
 
 from koala_local import console
-from koala_local.errors import Interrupted
 from koala_local.extras import need
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -59,22 +57,18 @@ def build(
     from .tokens import DialogueTokenizer
     from .views import telling
 
-    try:
-        with telling() as tell:
-            report = make(
-                choose_recipe(recipe),
-                output,
-                DialogueTokenizer(tokenizer),
-                raw=raw,
-                test_sets=test_sets,
-                processes=workers,
-                force=force,
-                tell=tell,
-            )
-    except (KeyboardInterrupt, Interrupted, SystemExit):  # the last one is a signal's
-        with suppress(OSError):  # nobody may be reading stderr
-            console.note("stopped; the same command goes on behind the sources that are done")
-        raise
+    stopped = "stopped; the same command goes on behind the sources that are done"
+    with console.told_when_stopped(stopped), telling() as tell:
+        report = make(
+            choose_recipe(recipe),
+            output,
+            DialogueTokenizer(tokenizer),
+            raw=raw,
+            test_sets=test_sets,
+            processes=workers,
+            force=force,
+            tell=tell,
+        )
     if as_json:
         console.json_line(report)
         return

@@ -20,7 +20,8 @@ from koala_local.convert.sources.gguf_names import gguf_name
 from torch.serialization import skip_data
 from transformers import LlamaForCausalLM
 
-from tests.checkpoint_maker import make_easylm, make_gguf, make_hf, make_meta, write_gguf_settings
+from tests.checkpoint_maker import make_easylm, make_gguf, make_hf, make_meta
+from tests.gguf_maker import write_settings
 
 State = dict[str, torch.Tensor]
 KV_HEADS = 2
@@ -249,7 +250,7 @@ def hollow_bin(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 def hollow_gguf(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    write_gguf_settings(writer, layers=3, hidden=2048, feed_forward=4096, heads=4, kv_heads=4)
+    write_settings(writer, layers=3, hidden=2048, feed_forward=4096, heads=4, kv_heads=4)
     size = 0
     for name, shape in shapes.items():
         count = torch.Size(shape).numel() * 4

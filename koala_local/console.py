@@ -58,6 +58,17 @@ def out(text: str) -> None:
     _write(sys.stdout, text)
 
 
+def styled(text: str, **style: Any) -> None:
+    """Write a line to stdout, folded at words, in `click.style`'s `style` where the terminal has one."""
+    import click
+
+    if os.environ.get("NO_COLOR"):
+        style.pop("fg", None)
+    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        style = {"reset": False}
+    print(click.style(folded(_plain(text)), **style), flush=True)
+
+
 def json_line(content: object) -> None:
     """Write one line of JSON to stdout. In ASCII: nothing in it can act on a terminal, and nothing is lost."""
     _write(sys.stdout, json.dumps(content, ensure_ascii=True))

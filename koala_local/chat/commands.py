@@ -12,10 +12,8 @@ from rich.text import Text
 
 from koala_local.chat import session_commands as session
 from koala_local.chat import turn_commands as turn
-from koala_local.chat.front import Front, Unsent, say
+from koala_local.chat.front import Front, say
 from koala_local.errors import KoalaError
-
-__all__ = ["COMMANDS", "Command", "Front", "Unsent", "run_line", "say"]
 
 
 @dataclass(frozen=True, slots=True)

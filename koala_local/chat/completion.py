@@ -12,7 +12,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
-from koala_local.chat.commands import COMMANDS, Front
+from koala_local.chat.front import Front
 from koala_local.dialogue import FORMATS
 from koala_local.engine.sampling import Sampling
 from koala_local.engine.text_stream import one_line
@@ -33,6 +33,8 @@ class SlashCompleter(Completer):
         self._models = PathCompleter(expanduser=True, file_filter=lambda name: os.path.isdir(name) or ".gguf" in name)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
+        from koala_local.chat.commands import COMMANDS  # see _begin_idle in repl.py
+
         line = document.text_before_cursor
         if not line.startswith("/") or line.startswith("//") or "\n" in line:
             return
@@ -64,6 +66,8 @@ class SlashCompleter(Completer):
                 settings = [(f"{field.name} ", f"{getattr(current, field.name):g}") for field in fields(Sampling)]
                 yield from _match(argument, settings)
             case "help":
+                from koala_local.chat.commands import COMMANDS
+
                 yield from _match(argument, [(command.name, command.help) for command in COMMANDS.values()])
 
     def _sessions(self) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from koala_local.chat.saved import Branch, Node, Session, lines, path_to
 from koala_local.dialogue import FORMATS, PromptFormat, Turn
 from koala_local.engine.cache import common_prefix
 from koala_local.engine.sampling import Sampling
+from koala_local.engine.text_stream import one_line
 from koala_local.errors import KoalaError, SessionError
 
 LAST_MODEL = "last-model"  # the setting that keeps which model was used last
@@ -74,6 +75,12 @@ class Conversation:
     def key(self) -> str:
         """Under which vocabulary and format sampled ids mean the same."""
         return f"{self.ledger.engine.vocabulary.key[:32]}/{self.ledger.format.key}"
+
+    @property
+    def title(self) -> str:
+        """The title that the user gave, else the beginning of the first message, else nothing."""
+        given = self.session.title if self.session else ""
+        return one_line(given or next((node.user for node in self.nodes.values()), ""), 60)
 
     def path(self, head: int | None = None) -> list[Node]:
         """The turns from the first one to `head` (default: the current one)."""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from koala_local.chat.conversation import Conversation
-from koala_local.chat.views import title_of
 from koala_local.disk import write_whole
 from koala_local.engine.text_stream import plain
 from koala_local.errors import KoalaError
@@ -41,7 +40,7 @@ def export(conversation: Conversation, model_name: str, reference: str, *, overw
 def as_markdown(conversation: Conversation, model_name: str) -> str:
     """The turns of the current path."""
     lines = [
-        f"# {title_of(conversation) or 'Conversation'}",
+        f"# {conversation.title or 'Conversation'}",
         "",
         f"{model_name}, prompt format {conversation.ledger.format.name}",
         "",
@@ -60,7 +59,7 @@ def as_json(conversation: Conversation, model_name: str) -> dict[str, Any]:
     for node in conversation.path():
         messages += [{"role": "user", "content": node.user}, {"role": "assistant", "content": node.reply}]
     return {
-        "title": title_of(conversation),
+        "title": conversation.title,
         "session": session.id if session else None,
         "model": model_name,
         "format": conversation.ledger.format.name,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
-
-from rich.console import RenderableType
+from typing import TYPE_CHECKING, Protocol
 
 from koala_local.chat.conversation import Conversation
 from koala_local.chat.ledger import Answer, Ledger
@@ -14,6 +12,9 @@ from koala_local.chat.streaming import Act
 from koala_local.errors import Interrupted
 from koala_local.models.configuration import refuse_unquantized
 from koala_local.models.resolve import resolve
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 class Front(Protocol):

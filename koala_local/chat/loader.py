@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,7 @@ from koala_local.models.resolve import resolve
 from koala_local.models.shape import all_tensors, read_shape
 from koala_local.models.store import mark_used
 from koala_local.nano import MODEL_PATH
+from koala_local.wording import short_number, size
 
 if TYPE_CHECKING:
     from koala_local.engine.base import Vocabulary
@@ -57,6 +60,18 @@ class LoadedModel:
     @property
     def name(self) -> str:
         return self.header.name if self.header else repository_of(self.path) or self.path.name
+
+    @property
+    def summary(self) -> str:
+        """Size and type in a few words, from the header."""
+        if self.header is None:
+            return f"GPTQ, {size(sum(file.stat().st_size for file in self.path.glob('*.safetensors')))}"
+        parameters = sum(prod(tensor.shape) for tensor in self.header.tensors)
+        types: Counter[str] = Counter()
+        for tensor in self.header.tensors:
+            types[tensor.type] += tensor.size
+        kind = types.most_common(1)[0][0] if types else "no tensors"
+        return f"{short_number(parameters)} parameters, mostly {kind}, {size(self.header.file_size)}"
 
     def ledger(self, overflow: Overflow) -> Ledger:
         return Ledger(self.engine, self.format, overflow)

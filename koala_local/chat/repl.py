@@ -8,6 +8,7 @@ import time
 from functools import cached_property
 from importlib import import_module
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import get_app, run_in_terminal
@@ -16,14 +17,12 @@ from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.styles import Style
 from prompt_toolkit.utils import is_dumb_terminal
-from rich.console import RenderableType
-from rich.text import Text
 
 from koala_local import console, nano
-from koala_local.chat import views
-from koala_local.chat.commands import Unsent, run_line, say
+from koala_local.chat.bar import bar, bar_fields
 from koala_local.chat.completion import SlashCompleter, message_history
 from koala_local.chat.conversation import Conversation
+from koala_local.chat.front import Unsent, say
 from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel, LoadOptions
 from koala_local.chat.streaming import Act, ReplyStream
@@ -31,6 +30,9 @@ from koala_local.chat.terminal import on_ctrl_c, raise_interrupt
 from koala_local.engine.text_stream import one_line, plain
 from koala_local.errors import ContextError, Interrupted, KoalaError
 from koala_local.paths import data_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 IDLE_S = 10.0  # without a key for so long, the KV cache is saved
 _PROMPT = "> "
@@ -44,7 +46,6 @@ class Repl:
         self.conversation, self.model, self.options = conversation, model, options
         self.attachments: list[str] = []
         self.last: Answer | None = None
-        self._console = console.out_console()
         self._notes: SimpleQueue[str] = SimpleQueue()
         self.conversation.note = self._notes.put  # it may speak while a reply is drawn, or from another thread
         self._engine_free = threading.Lock()
@@ -82,7 +83,7 @@ class Repl:
         self._tell_end(self.last)
 
     def show(self, content: RenderableType) -> None:
-        self._console.print(Text(plain(content)) if isinstance(content, str) else content)
+        self._console.print(plain(content) if isinstance(content, str) else content)
 
     def ask_text(self, prompt: str, default: str) -> str | None:
         try:
@@ -99,6 +100,10 @@ class Repl:
     # -- reading
 
     @cached_property
+    def _console(self) -> Console:
+        return console.out_console()
+
+    @cached_property
     def _prompt(self) -> PromptSession[str]:
         prompt: PromptSession[str] = PromptSession(
             [("class:prompt", _PROMPT)],
@@ -108,7 +113,7 @@ class Repl:
             history=message_history(data_folder()),
             completer=SlashCompleter(self),
             complete_while_typing=Condition(lambda: get_app().current_buffer.text.startswith("/")),
-            bottom_toolbar=lambda: views.bar(self._bar, get_app().output.get_size().columns),
+            bottom_toolbar=lambda: bar(self._bar, get_app().output.get_size().columns),
             enable_open_in_editor=True,
             tempfile_suffix=".md",
             style=_STYLE,
@@ -144,7 +149,7 @@ class Repl:
         except KeyboardInterrupt:
             self._done, self._leaving = self._leaving, True
             if not self._done:
-                self.show(Text("Ctrl-C again leaves, as does Ctrl-D", "dim"))
+                console.styled("Ctrl-C again leaves, as does Ctrl-D", dim=True)
             return ""
         except EOFError:
             self._done = True
@@ -153,7 +158,7 @@ class Repl:
         return text
 
     def _read_line(self, typed: str) -> str:
-        self._bar = views.bar_fields(self.model, self.conversation, self.last)
+        self._bar = bar_fields(self.model, self.conversation, self.last)
         self._last_key = time.monotonic()
         self._prompt.app.erase_when_done = False
         return self._prompt.prompt(default=typed, pre_run=self._begin_idle)
@@ -169,7 +174,7 @@ class Repl:
 
     def _begin_idle(self) -> None:
         """What is left to do behind the prompt: code that only a reply needs is imported while the user types."""
-        asyncio.get_running_loop().run_in_executor(None, import_module, "koala_local.chat.render")
+        asyncio.get_running_loop().run_in_executor(None, _import_rest)
         get_app().create_background_task(self._save_when_idle())
 
     async def _save_when_idle(self) -> None:
@@ -191,12 +196,14 @@ class Repl:
         try:
             with self._engine_free:
                 if line.startswith("/"):
+                    from koala_local.chat.commands import run_line
+
                     run_line(self, line)
                 else:
                     say(self, line)
         except Interrupted as stop:
             self._typed = stop.line if isinstance(stop, Unsent) else line
-            self.show(Text("stopped before the first token: nothing is sent", "dim"))
+            console.styled("stopped before the first token: nothing is sent", dim=True)
         except KoalaError as error:
             self._typed = line if isinstance(error, ContextError) else ""
             self._complain(error.message, error.hint)
@@ -207,40 +214,48 @@ class Repl:
             self.show("")
 
     def _complain(self, message: str, hint: str) -> None:
-        self.show(Text(one_line(message, 1000), "red"))
+        console.styled(one_line(message, 1000), fg="red")
         if hint:
-            self.show(Text(one_line(hint, 1000), "dim"))
+            console.styled(one_line(hint, 1000), dim=True)
 
     def _tell_notes(self) -> None:
         while not self._notes.empty():
-            self.show(Text(one_line(self._notes.get(), 1000), "yellow"))
+            console.styled(one_line(self._notes.get(), 1000), fg="yellow")
 
     def _tell_end(self, answer: Answer) -> None:
         limit = self.conversation.sampling.max_tokens
         if answer.finish == "interrupted":
-            self.show(Text("stopped; what is written is kept", "dim"))
+            console.styled("stopped; what is written is kept", dim=True)
         elif answer.finish == "length" and limit and answer.stats.generated_tokens >= limit:
-            self.show(Text(f"cut at {limit} tokens: /set max_tokens changes that", "dim"))
+            console.styled(f"cut at {limit} tokens: /set max_tokens changes that", dim=True)
         elif answer.finish == "length":
-            self.show(Text("cut: the context is full with this turn alone", "dim"))
+            console.styled("cut: the context is full with this turn alone", dim=True)
         elif not answer.text.strip():
-            self.show(Text("an empty reply; /regen tries again", "dim"))
+            console.styled("an empty reply; /regen tries again", dim=True)
 
     def _banner(self) -> None:
         model, engine = self.model, self.conversation.ledger.engine
-        self.show(Text(one_line(model.name, 60), "bold").append(f"  {views.describe(model)}", "not bold dim"))
         format, reason = self.conversation.ledger.format.name, model.format_reason
-        self.show(Text(plain(f"context {engine.context_size} tokens, prompt format {format} ({reason})"), "dim"))
+        console.styled(one_line(model.name, 60), bold=True)
+        console.styled(model.summary, dim=True)
+        console.styled(f"context {engine.context_size} tokens, prompt format {format} ({reason})", dim=True)
         if model.path.resolve() == nano.MODEL_PATH.resolve():
-            self.show("This is the bundled miniature. For a real model: koala chat koala-13b")
+            console.styled("This is the bundled miniature. For a real model: koala chat koala-13b")
         if notice := model.licence_notice():
-            self.show(Text(notice, "yellow"))
+            console.styled(notice, fg="yellow")
         self._tell_notes()
-        self.show(Text("/help lists the commands", "dim"))
-        self.show("")
+        console.styled("/help lists the commands\n", dim=True)
         if self.conversation.path():
-            self.show(views.recap(self.conversation))
+            from koala_local.chat.views import recap
+
+            self.show(recap(self.conversation))
             self.show("")
+
+
+def _import_rest() -> None:
+    """What only a reply or a command needs."""
+    for name in ("commands", "render"):
+        import_module(f"koala_local.chat.{name}")
 
 
 def _sending_keys() -> KeyBindings:

@@ -39,7 +39,7 @@ def resume(front: Front, session_id: str) -> None:
     front.last = None
     found = conversation.session.id if conversation.session else session_id
     turns = len(conversation.path())
-    front.show(f"resumed {found}: {views.title_of(conversation)} ({turns} {'turn' if turns == 1 else 'turns'})")
+    front.show(f"resumed {found}: {conversation.title} ({turns} {'turn' if turns == 1 else 'turns'})")
     front.show(views.recap(conversation))
 
 

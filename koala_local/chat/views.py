@@ -1,37 +1,26 @@
-"""What the slash commands, and the bar below the prompt, show of a conversation. Everything fits 40 columns."""
+"""What the slash commands show of a conversation. Everything fits 40 columns."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 
-from rich.cells import cell_len
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from koala_local import wording
 from koala_local.chat.conversation import Conversation
 from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel
 from koala_local.chat.saved import Branch, Node, SessionSummary
 from koala_local.engine.sampling import Sampling
 from koala_local.engine.text_stream import one_line, plain
-from koala_local.errors import KoalaError
 
 _RECAP_CHARACTERS = 600
-_METER_CELLS = 6
 _DEEPEST_FORK = 5  # levels of indentation; what forks deeper is drawn at the same level
-
-
-def title_of(conversation: Conversation) -> str:
-    """The title that the user gave, else the beginning of the first message, else nothing."""
-    given = conversation.session.title if conversation.session else ""
-    return one_line(given or next((node.user for node in conversation.nodes.values()), ""), 60)
 
 
 def pairs(rows: Iterable[tuple[str, str]]) -> Table:
@@ -44,25 +33,13 @@ def pairs(rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
-def describe(model: LoadedModel) -> str:
-    """Size and type of a model in a few words, from its header."""
-    if model.header is None:
-        return f"GPTQ, {wording.size(sum(file.stat().st_size for file in model.path.glob('*.safetensors')))}"
-    parameters = sum(math.prod(tensor.shape) for tensor in model.header.tensors)
-    types: Counter[str] = Counter()
-    for tensor in model.header.tensors:
-        types[tensor.type] += tensor.size
-    kind = types.most_common(1)[0][0] if types else "no tensors"
-    return f"{wording.short_number(parameters)} parameters, mostly {kind}, {wording.size(model.header.file_size)}"
-
-
 def model_table(model: LoadedModel) -> RenderableType:
     engine = model.engine
     return pairs(
         [
             ("model", model.name),
             ("file", str(model.path)),
-            ("size", describe(model)),
+            ("size", model.summary),
             ("context", f"{engine.context_size} tokens (trained on {engine.trained_context})"),
             ("placed", engine.placed),
             ("format", f"{model.format.name}: {model.format_reason}"),
@@ -158,7 +135,7 @@ def tree(conversation: Conversation) -> RenderableType:
         children[node.parent].append(node)
     if not children:
         return Text("nothing has been said yet", "dim")
-    root = Tree(Text(title_of(conversation), "bold", no_wrap=True, overflow="ellipsis"), guide_style="dim")
+    root = Tree(Text(conversation.title, "bold", no_wrap=True, overflow="ellipsis"), guide_style="dim")
     label = _labels(conversation)
     pending: list[tuple[Node, Tree, int, int, bool]] = []
 
@@ -189,44 +166,3 @@ def _labels(conversation: Conversation) -> Callable[[Node, int], Text]:
         return text.append(f"{one_line(node.user, 28)} -> ").append(one_line(node.reply, 120), "dim")
 
     return label
-
-
-def bar_fields(model: LoadedModel, conversation: Conversation, last: Answer | None) -> list[tuple[int, str]]:
-    """What the bar says, from left to right, each with its rank: the highest one leaves first where room is short."""
-    used, size = _context_used(conversation), conversation.ledger.engine.context_size
-    filled = min(_METER_CELLS, round(used * _METER_CELLS / size))
-    meter = "█" * filled + "░" * (_METER_CELLS - filled)
-    fields = [
-        (3, one_line(model.name, 24)),
-        (5, one_line(conversation.ledger.format.name, 16)),
-        (1, f"{used}/{size}"),
-        (2, meter),
-    ]
-    if last:
-        fields.append((4, f"{last.stats.tokens_per_s:.0f} tokens/s"))
-        fields.append((6, f"reused {last.stats.reused_tokens} of {last.stats.prompt_tokens}"))
-    if title := title_of(conversation):
-        fields.append((7, one_line(title, 40)))
-    return fields
-
-
-def bar(fields: list[tuple[int, str]], width: int) -> str:
-    """The fields that fit `width` cells, on one line."""
-    kept = list(fields)
-    while kept:
-        line = f" {' · '.join(text for _, text in kept)}".replace(" · █", " █").replace(" · ░", " ░")
-        if cell_len(line) < width:
-            return line
-        kept.remove(max(kept))
-    return ""
-
-
-def _context_used(conversation: Conversation) -> int:
-    """Tokens that the present line takes in the context."""
-    path = conversation.path()
-    if not path:
-        return 0
-    try:
-        return len(conversation.ledger.ids(conversation.system, conversation.exchanges(path), path[-1].dropped))
-    except KoalaError:  # a template that fails with this conversation: the next reply will say so
-        return len(conversation.ledger.cache.ids)

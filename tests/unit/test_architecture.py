@@ -71,7 +71,7 @@ RULES = [
     Rule(("koala_local.finetune",), "finetune/data/*", allowed=("koala_local.finetune.data",)),
     Rule(("torch", "transformers"), "finetune/data/*"),
     Rule(("rich",), except_in=RICH),
-    Rule(("click",), except_in=("cli.py", "*/*command.py")),
+    Rule(("click",), except_in=("cli.py", "console.py", "*/*command.py")),
     Rule(("prompt_toolkit",), except_in=("chat/*",)),
     Rule(("koala_local.cli",)),
     Rule(("koala_local.chat.command",), except_in=("cli.py",)),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from koala_local.chat.commands import COMMANDS, Front
+from koala_local.chat.commands import COMMANDS
+from koala_local.chat.front import Front
 from koala_local.errors import KoalaError
 from tests.unit.chat.recorder import Recorder, users
 

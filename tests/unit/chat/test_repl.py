@@ -15,15 +15,16 @@ from prompt_toolkit.input import PipeInput, create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from koala_local.chat import repl as repl_module
-from koala_local.chat.commands import COMMANDS, Front
+from koala_local.chat.bar import bar
+from koala_local.chat.commands import COMMANDS
 from koala_local.chat.completion import message_history
 from koala_local.chat.conversation import Conversation
+from koala_local.chat.front import Front
 from koala_local.chat.history import History
 from koala_local.chat.kv_files import KvFiles
 from koala_local.chat.ledger import Ledger
 from koala_local.chat.loader import LoadedModel, LoadOptions
 from koala_local.chat.repl import Repl
-from koala_local.chat.views import bar
 from koala_local.dialogue import KOALA
 from koala_local.engine.llama import LlamaEngine
 from koala_local.engine.sampling import Sampling

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from koala_local.chat.attach import LIMIT_BYTES
-from koala_local.chat.commands import say
+from koala_local.chat.front import say
 from koala_local.chat.ledger import Ledger
 from koala_local.chat.loader import LoadedModel
 from koala_local.dialogue import KOALA

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from koala_local.chat.commands import Unsent, say
+from koala_local.chat.front import Unsent, say
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import ContextError, KoalaError
 from tests.unit.chat.recorder import Recorder, users

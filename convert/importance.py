@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError, ModelFileError
+from koala_local.models.file_kind import is_gguf
 from koala_local.models.gguf_header import Tensor, read_header
 
 from .forward import INPUTS, Compute, Observe, Progress, stream_layers
@@ -70,10 +71,8 @@ def _names(key: str, mean: NDArray[np.float32]) -> list[str]:
 def read_imatrix(path: Path) -> dict[str, NDArray[np.float32]]:
     """The matrix in a file of llama.cpp, as `importance_matrix` returns it. Raises ModelFileError."""
     try:
-        with path.open("rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-            if not is_gguf:
-                file.seek(0)
+        if not is_gguf(path):
+            with path.open("rb") as file:
                 return _read_legacy(path, file)
     except OSError as error:
         raise ModelFileError(f"{str(path)!r} cannot be read: {error.strerror}", _HINT) from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from koala_local import console
 from koala_local.errors import KoalaError
+from koala_local.models.file_kind import is_gguf
 from koala_local.models.reference import name_of
 
 from .calibration import Sample, builtin_calibration, make_sample, read_texts
@@ -278,13 +279,6 @@ def _vocabulary(job: Job) -> Vocabulary:
 
     if job.folder is not None:
         return read_vocabulary(job.folder, job.checkpoint.config)
-    if _is_gguf(job.source):
+    if job.source.is_file() and is_gguf(job.source):
         return read_gguf_vocabulary(job.source, job.checkpoint.config)
     raise KoalaError(f"{job.source} has no tokenizer files", "name their folder with --tokenizer FOLDER")
-
-
-def _is_gguf(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"

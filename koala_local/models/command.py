@@ -91,12 +91,11 @@ def fetch(text: str, wanted: HubReference, *, only_list: bool = False, to_run: b
     if not unquantized and fits(chosen.size) is False:
         console.warn(f"{chosen.choice} takes {size(chosen.size)}, more than fits this machine well")
     console.note(_announcement(offer))
-    try:
-        with console.progress("downloading", "B") as step:
-            path = bring(offer, step)
-    except KeyboardInterrupt:
-        console.note("stopped; the same command goes on with what is there")
-        raise
+    with (
+        console.told_when_stopped("stopped; the same command goes on with what is there"),
+        console.progress("downloading", "B") as step,
+    ):
+        path = bring(offer, step)
     if not to_run:
         console.note(_next_step(not unquantized, text, path))
     return path

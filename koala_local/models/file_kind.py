@@ -9,6 +9,7 @@ from typing import BinaryIO
 
 from koala_local.errors import ModelFileError
 
+_MAGIC = b"GGUF"
 _START = 512  # bytes looked at
 _GET_GGUF = "get the model as a .gguf file"
 _MAKE_GGUF = "get the model as a .gguf file, or make one: koala quantize FOLDER --bits 4"
@@ -51,12 +52,18 @@ def open_gguf(path: Path) -> BinaryIO:
     return file
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether the file `path` calls itself a GGUF. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def _refuse_others(shown: str, file: BinaryIO) -> None:
     try:
         start = file.read(_START)
     except OSError as error:
         raise ModelFileError(f"{shown} cannot be read: {error.strerror}", "check the disk that it is on") from None
-    if start[:4] != b"GGUF":
+    if start[:4] != _MAGIC:
         kind, hint = _kind(start, os.fstat(file.fileno()).st_size)
         raise ModelFileError(f"{shown} is {kind}", hint)
 

@@ -43,13 +43,7 @@ from ..safetensors_writer import write_json, write_sharded
 from ..sources.architecture import Checkpoint, TensorInfo
 from ..verify import VerificationError
 from ..vocabulary.tokenizer_files import has_tokenizer
-from .folder import (
-    copy_tokenizer,
-    model_config,
-    open_partial,
-    publish,
-    quantization_config,
-)
+from .folder import copy_tokenizer, model_config, open_partial, publish, quantization_config, writing
 from .matrix import GptqSettings, Hessian, quantize_matrix
 from .pack import BITS, PARTS, check_size, pack, unpack
 
@@ -105,7 +99,7 @@ def quantize_gptq(
     the complete folder, and add to it, before it gets its name; where it raises VerificationError, nothing is left.
 
     Raises ModelFileError for what is wrong with the checkpoint, KoalaError when `out` exists, when a run with other
-    settings was stopped here, or when nothing can be written."""
+    settings was stopped here or one is at work, or when nothing can be written."""
     settings = settings or GptqSettings()
     compute = compute or default_compute()
     out = out.absolute()
@@ -117,23 +111,21 @@ def quantize_gptq(
     _check(checkpoint, settings)
     manifest = _manifest(checkpoint, batches, settings, compute)
     partial = out.with_name(f"{out.name}.partial")
-    try:
-        open_partial(partial, manifest, force)
-        run = _Run(checkpoint, settings, compute, partial, progress)
-        run.layers(batches)
-        made = GptqResult(out, run.finish(folder), run.resumed, run.errors, run.damped)
-        check(partial, made)
-        publish(partial, out)
-    except VerificationError:
-        shutil.rmtree(partial)
-        raise
-    except ModelFileError:
-        if not any(partial.glob("*.safetensors")):  # nothing to go on with
+    with writing(out):
+        try:
+            open_partial(partial, manifest, force)
+            run = _Run(checkpoint, settings, compute, partial, progress)
+            run.layers(batches)
+            made = GptqResult(out, run.finish(folder), run.resumed, run.errors, run.damped)
+            check(partial, made)
+            publish(partial, out)
+        except VerificationError:
             shutil.rmtree(partial)
-        raise
-    except OSError as error:
-        what = f"{str(out)!r} cannot be written: {error.strerror or error}"
-        raise KoalaError(what, "free some space or check the folder, then run the same command: it goes on") from None
+            raise
+        except ModelFileError:
+            if not any(partial.glob("*.safetensors")):  # nothing to go on with
+                shutil.rmtree(partial)
+            raise
     return made
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import koala_local
-from koala_local.disk import remove_leftovers, sync
+from koala_local.disk import lock, remove_leftovers, sync
 from koala_local.errors import KoalaError
 from koala_local.models.configuration import ModelConfig
 from koala_local.models.json_file import member
@@ -28,6 +29,24 @@ _COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Keep other runs away from `out`. Raises KoalaError where one is at work, and in place of an OSError."""
+    guard = out.with_name(f".{out.name}.lock")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with lock(guard) as alone:
+            if not alone:
+                raise KoalaError(f"another run writes {str(out)!r}", "wait for its end, or give another folder")
+            try:
+                yield
+            finally:
+                guard.unlink(missing_ok=True)
+    except OSError as error:
+        what = f"{str(out)!r} cannot be written: {error.strerror or error}"
+        raise KoalaError(what, "free some space or check the folder, then run the same command: it goes on") from None
 
 
 def open_partial(partial: Path, manifest: Mapping[str, Any], force: bool) -> None:

@@ -200,6 +200,17 @@ def test_a_stopped_run_with_other_settings_is_not_mixed_in(
     assert run(checkpoint, out, tokenizer, settings, force=True).resumed == 0
 
 
+def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path, tokenizer: Path) -> None:
+    _, checkpoint = tiny(vocab_size=340)
+
+    def second(name: str, done: int, total: int) -> None:
+        with pytest.raises(KoalaError, match="another run writes"):
+            run(checkpoint, tmp_path / "out", tokenizer, force=True)
+
+    run(checkpoint, tmp_path / "out", tokenizer, progress=second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tokenizer"]
+
+
 @pytest.mark.parametrize("name", ["mine.txt", ".mine.txt.partial"])
 def test_a_folder_that_no_run_left_is_kept(tmp_path: Path, tokenizer: Path, name: str) -> None:
     partial = tmp_path / "out.partial"

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from koala_local.errors import Interrupted, KoalaError
+from koala_local.wording import duration
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _NARROWEST = 16  # columns of a text that is folded
 _WIDE = 72  # columns for all of a progress line
 _LONGEST_LINE = 2000  # characters of an error
+_TELL_S = 30.0  # from one line about progress to the next
 
 
 class Exit(IntEnum):
@@ -120,7 +123,7 @@ def as_text(content: object) -> str:
 @contextmanager
 def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
     """A bar on stderr, where that is a terminal, with count or bytes (`unit` "B"), rate and time left; count and
-    time on a narrow one. Yields `step(done, total, detail="")`."""
+    time on a narrow one; else a line now and then. Yields `step(done, total, detail="")`."""
     from rich import progress as bars
     from rich.table import Column
     from rich.text import Text
@@ -130,6 +133,7 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
             return Text(_rate(task.finished_speed or task.speed, unit))
 
     console, seconds = err_console(), 3600.0  # over which a rate is taken: a layer may need minutes
+    drawn, told = console.is_terminal and not console.is_dumb_terminal, time.monotonic()
     counts: list[Any] = [bars.MofNCompleteColumn(), _Rate(Column(no_wrap=True))]
     if unit == "B":
         counts, seconds = [bars.DownloadColumn(), bars.TransferSpeedColumn()], 30.0
@@ -137,12 +141,16 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
     columns.append(bars.TextColumn("{task.fields[detail]}"))
     if console.width < _WIDE:
         columns = [columns[0], counts[0], columns[-2]]
-    options: dict[str, Any] = {"console": console, "transient": True, "disable": not console.is_terminal}
+    options: dict[str, Any] = {"console": console, "transient": True, "disable": not drawn}
     with bars.Progress(*columns, speed_estimate_period=seconds, **options) as bar:
         task = bar.add_task(what, total=None, detail="")
 
         def step(done: int, total: int, detail: str = "") -> None:
+            nonlocal told
             bar.update(task, completed=done, total=total, detail=_plain(detail))
+            if not drawn and time.monotonic() - told >= _TELL_S:
+                told, left = time.monotonic(), bar.tasks[0].time_remaining
+                note(f"{what}: {bar.tasks[0].percentage:.0f} %{f', {duration(left)} left' if left else ''}")
 
         yield step
 
@@ -201,7 +209,8 @@ def _explain(error: BaseException) -> None:
             _report_error("error", error.message, error.hint)
         case OSError():
             where = f": {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-            _report_error("error", f"{error.strerror or error}{where}", "--traceback shows where it happened")
+            hint = f"check {'that place' if where else 'the disk'}; --traceback shows where it happened"
+            _report_error("error", f"{error.strerror or error}{where}", hint)
         case _:
             what = f"{type(error).__name__}: {error}"
             _report_error("internal error", what, "run it again with --traceback and report what it prints")

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from koala_local.errors import TemplateError
-
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -194,12 +192,3 @@ FORMATS: dict[str, BuiltinFormat] = {
         BuiltinFormat("chatml", _chatml, markers=(_IM_START.text, _IM_END.text)),
     )
 }
-
-
-def builtin_format(name: str) -> BuiltinFormat:
-    """The built-in format called `name`. Raises TemplateError with the known names."""
-    try:
-        return FORMATS[name]
-    except KeyError:
-        known = ", ".join(FORMATS)
-        raise TemplateError(f"there is no prompt format called {name!r}", f"choose one of: {known}") from None

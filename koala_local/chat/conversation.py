@@ -107,7 +107,7 @@ class Conversation:
         """Turn `number` (from 1) of the current path. Raises KoalaError."""
         path = self.path()
         if not 1 <= number <= len(path):
-            raise KoalaError(f"there is no turn {number}", f"this branch has {len(path)} turns")
+            raise KoalaError(f"there is no turn {number}", f"this branch has {len(path)} turn{'s' * (len(path) != 1)}")
         return path[number - 1]
 
     def _last(self) -> Node:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from koala_local.chat.template import SOURCE_CHARACTERS, JinjaFormat
-from koala_local.dialogue import FORMATS, KOALA, KOALA_TEMPLATE, PromptFormat, builtin_format
+from koala_local.dialogue import FORMATS, KOALA, KOALA_TEMPLATE, PromptFormat
 from koala_local.engine.base import Vocabulary
 from koala_local.errors import TemplateError
 
@@ -62,7 +62,8 @@ def _named(name: str) -> PromptFormat | None:
         return FORMATS[name]
     if path.exists() or path.suffix in _FILE_SUFFIXES or path.name != name:
         return None
-    return builtin_format(name)
+    known = ", ".join(("auto", "embedded", *FORMATS))
+    raise TemplateError(f"there is no prompt format called {name!r}", f"choose one of: {known}; or name a Jinja file")
 
 
 def _read(path: Path) -> str:

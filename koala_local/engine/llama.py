@@ -116,7 +116,8 @@ class LlamaEngine:
         self.cache_key = (
             f"model={fingerprint} context={self.context_size} kv={self.kv_type} flash={_flash_attention(self.kv_type)}"
         )
-        self._batch, self._step = Batch(_BATCH_GPU if self.gpu_layers else _BATCH, _FILLER_SLOT), Batch(1, _FILLER_SLOT)
+        room = min(_BATCH_GPU if self.gpu_layers else _BATCH, int(ll.llama_n_batch(self._context)))
+        self._batch, self._step = Batch(room, _FILLER_SLOT), Batch(1, _FILLER_SLOT)
         plain = not (ll.llama_model_is_recurrent(self._model) or ll.llama_model_is_hybrid(self._model))
         flash = _flash_attention(self.kv_type) != ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._tiles = flash and plain and not self.gpu_layers and self.kv_type == "f16"  # llama.cpp has a kernel then

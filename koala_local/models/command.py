@@ -37,6 +37,8 @@ def pull(reference: str, only_list: bool) -> None:
     path, wanted = resolve.expanded(reference), resolve.hub_reference(reference)
     found: Path | None = path
     if resolve.has_model(path):
+        if only_list:
+            raise click.UsageError(f"--list asks the hub, and {reference} is a path: `koala show` tells what it is")
         for model in store.register(path):
             console.note(f"registered {model.reference}; {_next_step(model.runs, model.reference, model.path)}")
     elif wanted is not None:
@@ -189,9 +191,16 @@ def _registered(reference: str) -> Path | None:
     path = resolve.expanded(reference)
     if path in paths:
         return path
-    if resolve.hub_reference(reference) is not None:  # as everywhere: an alias means the hub's model
+    if path.is_file() and path.parent in paths:
+        found: Path | None = path
+    elif resolve.hub_reference(reference) is not None:  # as everywhere: an alias means the hub's model
         return None
-    return next((path for path in paths if reference.lower() in (path.name.lower(), path.stem.lower())), None)
+    else:
+        found = store.find_registered(reference)
+    if found is None or found in paths:
+        return found or next((path for path in paths if path.name.lower() == reference.lower()), None)
+    what = f"{reference!r} is registered with its folder, {str(found.parent)!r}"
+    raise ModelFileError(what, f"koala rm {shlex.quote(str(found.parent))} forgets all that is in it")
 
 
 def _remove_cached(text: str, wanted: HubReference, yes: bool) -> None:

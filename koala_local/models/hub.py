@@ -107,7 +107,7 @@ def download(repository: Repository, files: Sequence[File], progress: Progress) 
         def step(count: int, _: int, what: str, file: File = file, before: int = done) -> None:
             progress(before + count, total, f"{what} {file.name}".strip())
 
-        with _explained(repository.reference):
+        with _explained(repository.reference), _kept(folder):
             _bring(repository, file, folder, step)
         done += file.size
     snapshot = folder / "snapshots" / repository.commit
@@ -135,6 +135,7 @@ def _bring(repository: Repository, file: File, folder: Path, progress: Progress)
         return
     lock = cache.folder() / ".locks" / folder.name / f"{file.oid}.lock"  # huggingface_hub's own: others wait, too
     lock.parent.mkdir(parents=True, exist_ok=True)
+    progress(0, file.size, "waiting for another program that downloads")
     with WeakFileLock(lock):
         if blob.exists():
             return
@@ -153,6 +154,18 @@ def _link(blob: Path, path: Path) -> None:
     except OSError:
         with replacing(path, seconds=math.inf) as temporary:
             shutil.copyfile(blob, temporary)
+
+
+@contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a HubError that says what to do."""
+    try:
+        yield
+    except HfHubHTTPError:  # an OSError, too
+        raise
+    except OSError as error:
+        what = f"the download cannot be written to {str(folder)!r}: {error.strerror or error}"
+        raise HubError(what, "make room there; the same command goes on with what has come") from None
 
 
 @contextmanager
@@ -185,7 +198,8 @@ def _explain(error: Exception, reference: HubReference) -> NoReturn:
         case HfHubHTTPError():
             what, hint = f"the hub answers {error.response.status_code} for {name}", "try again later"
         case OfflineModeIsEnabled():
-            raise UnreachableError("HF_HUB_OFFLINE is set: nothing is downloaded", _OFFLINE_HINT) from None
+            hint = "unset it to download; `koala list` shows the models that are here"
+            raise UnreachableError("HF_HUB_OFFLINE is set: nothing is downloaded", hint) from None
         case ValueError():
             what = f"the hub's answer about {name} makes no sense ({_reason(error)})"
             hint = "something between may have answered for it, such as a proxy or a sign-in page: try again later"

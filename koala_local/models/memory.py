@@ -278,9 +278,11 @@ def fits_on(machine: Machine) -> Callable[[int], bool | None]:
 
 def _problem(plan: Plan) -> str:
     if not _fits_ram(plan):
-        return f"it needs {size(plan.parts.ram)} of RAM, and {size(plan.machine.ram_available or 0)} are free"
-    free = size(sum(gpu.free for gpu in plan.machine.gpus))
-    return f"it needs {size(plan.parts.gpu)} on the GPU, and {free} are free"
+        needed, margin, free = plan.parts.ram, _RAM_MARGIN, plan.machine.ram_available or 0
+        return f"it needs {size(needed)} of RAM and {size(margin)} to spare, and {size(free)} are free"
+    gpus = plan.machine.gpus
+    needed, margin, free = plan.parts.gpu, _GPU_MARGIN * len(gpus), sum(gpu.free for gpu in gpus)
+    return f"it needs {size(needed)} on the GPU and {size(margin)} to spare, and {size(free)} are free"
 
 
 def _hint(plan: Plan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from koala_local.errors import ModelFileError
@@ -77,6 +77,7 @@ def remove(reference: HubReference) -> int:
         raise ModelFileError(f"{reference} is not in the cache", "`koala list` shows what is")
     info = scan_cache_dir(cache.folder())
     repositories = [repo for repo in info.repos if repo.repo_id == reference.repository and repo.repo_type == "model"]
+    info = replace(info, repos=frozenset(repositories))  # it looks for a commit everywhere: a fork may have it, too
     files = [file for repo in repositories for revision in repo.revisions for file in revision.files]
     chosen = [file for file in files if file.file_path in wanted]
     freed = sum(path.stat().st_blocks * 512 for path in partial)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,10 +85,11 @@ def register(path: Path) -> list[Known]:
         what = f"{str(path)!r} holds neither a .gguf file nor a checkpoint"
         raise ModelFileError(what, "give the path of a .gguf file, or of a folder with config.json and safetensors")
     for model in found:
-        if not model.path.is_dir():
-            read_header(model.path)
+        if not model.path.is_dir() and not read_header(model.path).tensors:
+            raise ModelFileError(f"{str(model.path)!r} holds a vocabulary, no weights", "it cannot be run")
     _write(replace(_note(path), registered=True))
-    return found
+    paths = [model.path for model in found]
+    return [model for model in _registered() if model.path in paths]
 
 
 def unregister(path: Path) -> bool:
@@ -131,10 +133,8 @@ def _registered() -> list[Known]:
     found = []
     for path in registered_paths():
         found += _models_at(path) or [Known(_name(path), path, "local", None, "")]
-    names = [model.reference for model in found]
-    return [
-        model if names.count(model.reference) == 1 else replace(model, reference=str(model.path)) for model in found
-    ]
+    names = Counter(model.reference for model in found) + Counter([BUNDLED, *catalog.ALIASES])
+    return [model if names[model.reference] == 1 else replace(model, reference=str(model.path)) for model in found]
 
 
 def _models_at(path: Path) -> list[Known]:

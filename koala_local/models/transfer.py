@@ -30,6 +30,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
 from koala_local.errors import KoalaError
+from koala_local.wording import first_line
 
 PART = 64 << 20  # bytes
 WORKERS = 4
@@ -78,7 +79,7 @@ def bytes_kept(destination: Path, size: int) -> int:
 def remove_partial(path: Path) -> None:
     """Remove a half-finished download, named by either of its files."""
     stem = path.name.partition(".koala.")[0]
-    for suffix in (".koala.incomplete", ".koala.state"):
+    for suffix in (".koala.incomplete", ".koala.state", ".koala.state.partial"):
         path.with_name(stem + suffix).unlink(missing_ok=True)
 
 
@@ -111,8 +112,11 @@ class _Partial:
         state = {"size": self.size, "part": self.part, "done": list(self.done)}
         temporary = self.state.with_name(f"{self.state.name}.partial")
         with suppress(OSError):  # a full disk has its own error; without this note the download begins anew
-            temporary.write_text(json.dumps(state))
-            temporary.replace(self.state)
+            try:
+                temporary.write_text(json.dumps(state))
+                temporary.replace(self.state)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def finish(self, destination: Path) -> None:
         with self.path.open("r+b") as file:
@@ -207,9 +211,9 @@ def _bring_part(source: Source, partial: _Partial, number: int, stop: threading.
         tries = 0 if partial.done[number] > before else tries + 1
         if tries == _TRIES:
             what = f"the connection fails again and again before {source.name} is complete"
-            reason = f" ({str(problem)[:_SHOWN]})" if problem else ""
+            reason = f" ({first_line(problem, _SHOWN)})" if problem else ""
             raise HubError(what + reason, "give the same command again later: it goes on from here")
-        stop.wait(_PAUSE_S)
+        stop.wait(_PAUSE_S * 2**tries)
 
 
 def _request(source: Source, partial: _Partial, number: int, stop: threading.Event) -> None:

@@ -159,7 +159,8 @@ def test_a_split_model_is_pulled_and_talked_to(
     assert listed[1]["size"] == sum(map(len, parts.values()))
 
 
-def test_ctrl_c_and_then_the_rest(machine: Machine, content: bytes) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_and_then_the_rest(machine: Machine, content: bytes, sent: signal.Signals, status: int) -> None:
     machine.hub.delay = 0.01
     environment = os.environ | {"KOALA_HOME": str(machine.home)} | machine.environment
     arguments = [KOALA, "pull", f"{NAME}:Q8_0"]
@@ -167,9 +168,9 @@ def test_ctrl_c_and_then_the_rest(machine: Machine, content: bytes) -> None:
     deadline = time.monotonic() + 30
     while machine.hub.served < 500_000 and time.monotonic() < deadline:
         time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(sent)
     _, told = child.communicate(timeout=20)
-    assert child.returncode == 130 and b"the same command goes on" in told
+    assert child.returncode == status and b"the same command goes on" in told
     machine.hub.delay, first = 0.0, machine.hub.served
     rest = machine.koala("pull", f"{NAME}:Q8_0")
     assert rest.returncode == 0, rest.stderr.decode()
@@ -233,6 +234,20 @@ def test_a_model_of_ones_own(machine: Machine, tmp_path: Path, content: bytes) -
     assert path.exists()
     assert b"mine" not in machine.koala("list").stdout
     assert machine.koala("rm", "nano").returncode == 1
+
+
+def test_a_folder_of_ones_own(machine: Machine, tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "one.gguf").write_bytes(content)
+    assert machine.koala("pull", folder, "--list").returncode == 2
+    assert b"one" not in machine.koala("list").stdout
+    assert machine.koala("pull", folder).returncode == 0
+    for name in ("one", folder / "one.gguf"):
+        refused = machine.koala("rm", name)
+        assert refused.returncode == 1 and f"koala rm {folder} forgets all".encode() in refused.stderr
+    assert machine.koala("rm", "models").returncode == 0
+    assert b"one" not in machine.koala("list").stdout
 
 
 def test_at_a_terminal_chat_downloads_first(machine: Machine) -> None:

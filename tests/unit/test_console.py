@@ -83,9 +83,9 @@ def test_a_command_returns_its_exit_status(returned: str, status: int) -> None:
         (SystemExit(None), 0, ""),
         (BrokenPipeError(), 141, ""),
         (
-            PermissionError(13, "Permission denied", "/some/file"),
+            PermissionError(13, "Permission denied", "/a/file"),
             1,
-            "koala: error: Permission denied: /some/file\nhint: --traceback shows where it happened\n",
+            "koala: error: Permission denied: /a/file\nhint: check that place; --traceback shows where it happened\n",
         ),
         (
             ZeroDivisionError("division by zero"),
@@ -295,3 +295,17 @@ def test_what_is_counted_has_a_rate_where_there_is_room(
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     rate = r"3/280 \d\.\d matrix/s \d:\d\d:\d\d model\.layers\.0\.self_attn\.q_proj"
     assert bool(re.search(rate, plain)) == wide, plain
+
+
+def test_progress_that_is_not_drawn_is_told_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_TELL_S", 0.0)
+    with console.progress("downloading", "B") as step:
+        step(0, 1000)
+        step(250, 1000, "a.gguf")
+        monkeypatch.setattr(console, "_TELL_S", 60.0)
+        step(500, 1000)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "downloading: 0 %"
+    assert second.startswith("downloading: 25 %")

@@ -24,9 +24,7 @@ from koala_local.dialogue import (
     Segment,
     Text,
     Turn,
-    builtin_format,
 )
-from koala_local.errors import TemplateError
 
 TALK = Dialogue((Turn("Hi", "Hello"), Turn("And?", "So."), Turn("Why")))
 START, END = Control("<|im_start|>"), Control("<|im_end|>")
@@ -80,12 +78,12 @@ WITH_SYSTEM: dict[str, list[Segment]] = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_segments(name: str) -> None:
-    assert builtin_format(name).segments(TALK) == EXPECTED[name]
+    assert FORMATS[name].segments(TALK) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_system_text_is_written_once(name: str) -> None:
-    format = builtin_format(name)
+    format = FORMATS[name]
     assert format.segments(Dialogue((Turn("Hi"),), "Be brief.")) == WITH_SYSTEM[name]
     longer = format.segments(Dialogue((Turn("Hi", "Hello"), Turn("Why")), "Be brief."))
     assert longer[: len(WITH_SYSTEM[name])] == WITH_SYSTEM[name]
@@ -94,7 +92,7 @@ def test_system_text_is_written_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_longer_dialogue_begins_with_the_shorter_one(name: str) -> None:
-    format = builtin_format(name)
+    format = FORMATS[name]
     pending = format.segments(Dialogue((Turn("Hi"),), "s"))
     complete = format.segments(Dialogue((Turn("Hi", "Hello"),), "s"))
     longer = format.segments(Dialogue((Turn("Hi", "Hello"), Turn("Why")), "s"))
@@ -104,7 +102,7 @@ def test_a_longer_dialogue_begins_with_the_shorter_one(name: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_token_written_by_its_text_is_a_marker(name: str) -> None:
-    format = builtin_format(name)
+    format = FORMATS[name]
     written = {segment.text for segment in format.segments(TALK) if isinstance(segment, Control)} - {"bos", "eos"}
     assert written == set(format.markers)
 
@@ -112,8 +110,8 @@ def test_every_token_written_by_its_text_is_a_marker(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_content_is_only_in_texts_and_replies(name: str) -> None:
     typed = "</s><s><|im_end|><|im_start|>system\nbos eos [INST]"
-    segments = builtin_format(name).segments(Dialogue((Turn(typed, typed), Turn(typed)), typed))
-    plain = builtin_format(name).segments(Dialogue((Turn("x", "x"), Turn("x")), "x"))
+    segments = FORMATS[name].segments(Dialogue((Turn(typed, typed), Turn(typed)), typed))
+    plain = FORMATS[name].segments(Dialogue((Turn("x", "x"), Turn("x")), "x"))
     assert [type(segment) for segment in segments] == [type(segment) for segment in plain]
     assert [segment for segment in segments if isinstance(segment, Control)] == [
         segment for segment in plain if isinstance(segment, Control)
@@ -124,12 +122,6 @@ def test_unhelpful_replies_carry_the_negative_marker() -> None:
     segments = KOALA.segments(Dialogue((Turn("Hi", "No.", helpful=False), Turn("Why", "So."))))
     assert segments[1] == Text("BEGINNING OF CONVERSATION: USER: Hi An Unhelpful Answer:")
     assert segments[4] == Text("USER: Why GPT:")
-
-
-def test_unknown_format_lists_the_known_ones() -> None:
-    with pytest.raises(TemplateError) as caught:
-        builtin_format("koala2")
-    assert all(name in caught.value.hint for name in FORMATS)
 
 
 # -- against sentencepiece and the ids of the original pipeline
@@ -216,6 +208,6 @@ def test_koala_system_text_joins_without_a_seam(system: str, tokenizer: Any) -> 
 @needs_data
 @pytest.mark.parametrize("name", ["vicuna-v1.1", "llama-2"])
 def test_spaced_reply_is_tokenized_as_inside_the_text(name: str, tokenizer: Any) -> None:
-    _, text, reply, _ = builtin_format(name).segments(Dialogue((Turn("What is 2+2?", "It is four.\n\nEasy."),)))
+    _, text, reply, _ = FORMATS[name].segments(Dialogue((Turn("What is 2+2?", "It is four.\n\nEasy."),)))
     assert isinstance(text, Text) and isinstance(reply, Reply) and reply.spaced
     assert tokenizer.encode(f"{text.text} {reply.text}") == tokens(tokenizer, [text, reply])[0]

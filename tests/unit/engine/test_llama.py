@@ -30,6 +30,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LlamaEngine]:
     engine.close()
 
 
+def test_a_context_that_is_rounded_up_is_read_whole(tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, context=300)
+    assert engine.context_size == 512
+    engine.evaluate([1, *[20] * 500], slot=0, position=0)
+    assert engine.evaluated_tokens == 501
+    engine.close()
+
+
 def test_pieces_spell_the_text(engine: LlamaEngine) -> None:
     text = "the hat, é 你 \U0001f428\n\tend"
     assert b"".join(map(engine.piece, engine.tokenize(text))).decode() == f" {text}"

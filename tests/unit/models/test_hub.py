@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import resource
 import shutil
 import threading
 import time
@@ -458,6 +459,27 @@ def test_remove_one_type_then_the_last(server: Hub) -> None:
     assert cache.repositories() == []
 
 
+def test_remove_leaves_another_repository_of_the_same_commit_alone(server: Hub) -> None:
+    server.repos["owner/fork-GGUF"] = Repo({FILE: CONTENT})
+    mine, fork = pull(), pull("owner/fork-GGUF:Q4_K_M")
+    assert mine.parent.name == fork.parent.name
+    assert remove(HubReference("owner/fork-GGUF")) == SIZE
+    assert mine.read_bytes() == CONTENT
+    assert cache.repositories() == [NAME]
+
+
+def test_a_disk_that_fills_up_keeps_what_has_come(server: Hub) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))  # what a full disk does, but for the reason
+    try:
+        error = refused()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written" in error.message and "the same command" in error.hint
+    assert not [name for name in left_over() if name.endswith(".partial")]
+    assert pull().read_bytes() == CONTENT
+
+
 def test_remove_takes_what_a_stopped_download_left(server: Hub) -> None:
     server.delay = 0.01
 
@@ -467,7 +489,8 @@ def test_remove_takes_what_a_stopped_download_left(server: Hub) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         bring(offer(), stop)
-    assert left_over()
+    (name,) = (name for name in left_over() if name.endswith(".state"))
+    (cache.repository_folder(NAME) / "blobs" / f"{name}.partial").touch()  # killed while it noted where it was
     assert remove(HubReference(NAME)) >= 0
     assert left_over() == []
     with pytest.raises(ModelFileError):

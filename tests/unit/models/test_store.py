@@ -5,6 +5,7 @@ import os
 import time
 from pathlib import Path
 
+import gguf
 import pytest
 from huggingface_hub import constants
 
@@ -191,10 +192,31 @@ def test_two_registered_models_of_one_name_go_by_their_paths(tmp_path: Path, tin
     for path in paths:
         path.parent.mkdir()
         path.write_bytes(tiny.read_bytes())
-        store.register(path)
+        (model,) = store.register(path)
+    assert model.reference == str(path)
     assert names()[1:] == [str(path) for path in paths]
     with pytest.raises(ModelFileError, match="2 registered models"):
         resolve("twin", None)
+
+
+@pytest.mark.parametrize("name", ["nano", "Koala-13B"])
+def test_a_registered_model_with_the_name_of_another_goes_by_its_path(tmp_path: Path, tiny: Path, name: str) -> None:
+    path = tmp_path / f"{name}.gguf"
+    path.write_bytes(tiny.read_bytes())
+    (model,) = store.register(path)
+    assert model.reference == str(path)
+    assert names() == ["nano", str(path)]
+    assert resolve(model.reference, None) == path
+
+
+def test_a_vocabulary_alone_is_not_registered(tmp_path: Path) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelFileError, match="no weights"):
+        store.register(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"GGUF"])

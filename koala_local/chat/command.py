@@ -151,7 +151,7 @@ def _start(model: str | None, text: str | None, as_json: bool, options: dict[str
             if saved is None:
                 console.note("there is no session to resume yet: this is a new one")
         _fetch_missing(model)
-        front = "pipe" if as_json or text is not None else "repl"  # imported while the model is probed
+        front = "pipe" if as_json or text is not None else "repl"  # imported while the model is loaded
         importing = partial(import_module, f"koala_local.chat.{front}")
         loaded, conversation = _open(model, saved, history, load, options, importing)
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from koala_local.chat.formats import pick_format
@@ -18,7 +19,7 @@ from koala_local.models.card import read_card
 from koala_local.models.configuration import read_template, refuse_unquantized
 from koala_local.models.devices import this_machine
 from koala_local.models.gguf_header import GgufHeader, read_header
-from koala_local.models.load_probe import probing
+from koala_local.models.load_probe import probe, probing
 from koala_local.models.memory import DEFAULT_CONTEXT, Plan, Wish, fit, step_down
 from koala_local.models.reference import name_of, repository_of
 from koala_local.models.resolve import resolve
@@ -95,7 +96,7 @@ def open_model(
     note: Callable[[str], None],
     meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
-    """Load the model; `meanwhile` is done while it is checked. Raises ModelFileError, TemplateError or
+    """Load the model; `meanwhile` is done beside that, in another thread. Raises ModelFileError, TemplateError or
     OutOfMemoryError."""
     path = resolve(reference, last_used)
     if path.is_dir():
@@ -123,20 +124,21 @@ def open_model(
     return LoadedModel(path, header, engine, format, reason)
 
 
-def checked(path: Path, meanwhile: Callable[[], object] = lambda: None) -> GgufHeader:
-    """The header of a GGUF that llama.cpp can load; `meanwhile` is done beside the probe. Raises ModelFileError; takes
-    the memory of no weights."""
+def checked(path: Path) -> GgufHeader:
+    """The header of a GGUF that llama.cpp can load. Raises ModelFileError; takes the memory of no weights."""
     header = read_header(path)
-    with probing(path):
-        meanwhile()
+    probe(path)
     return header
 
 
 def _open_gguf(
     path: Path, options: LoadOptions, note: Callable[[str], None], meanwhile: Callable[[], object]
 ) -> tuple[GgufHeader, LlamaEngine, Plan]:
-    header = checked(path, meanwhile)
+    header, beside = read_header(path), Thread(target=meanwhile, daemon=True)
+    with probing(path):
+        beside.start()  # the probe's fork comes before the thread
     engine, plan = load_planned(path, header, Wish(options.context, options.kv_type, options.gpu_layers), note)
+    beside.join()
     return header, engine, plan
 
 

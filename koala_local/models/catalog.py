@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 ALIASES = {
     "koala-13b": "mradermacher/koala-13B-HF-GGUF",  # Q2_K to Q8_0, such as koala-13B-HF.Q4_K_M.gguf
     "koala-7b": "mradermacher/koala-7B-HF-GGUF",
@@ -31,4 +29,6 @@ def alias_of(repository: str) -> str | None:
 
 def nearest(name: str) -> list[str]:
     """Aliases that a mistyped `name` may have meant, the likeliest first."""
+    import difflib
+
     return difflib.get_close_matches(name.lower(), ALIASES, n=3, cutoff=0.6)

@@ -5,7 +5,6 @@ Only what is here is found; nothing is downloaded. A model that has to be fetche
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import NoReturn
 
@@ -122,6 +121,8 @@ def _only_model(folder: Path) -> Path:
 
 
 def _refuse(reference: str, path: Path) -> NoReturn:
+    import difflib
+
     names = _models_in(path.parent)
     close = difflib.get_close_matches(path.name, names, n=_SHOWN, cutoff=0.5)
     if aliases := [] if close or "/" in reference else catalog.nearest(reference.partition(":")[0]):

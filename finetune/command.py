@@ -65,7 +65,8 @@ def _finetune(data: str, out: Path, words: tuple[str, ...], options: dict[str, A
 
     tokenizer = read_tokenizer(base, vocabulary, settings)
     nothing_to_make = options["plan_only"] and is_corpus(data)
-    with nullcontext() if nothing_to_make else locked(out), telling() as tell:
+    early = console.told_when_stopped("stopped before the first step: the same command starts again")
+    with early, nullcontext() if nothing_to_make else locked(out), telling() as tell:
         corpus = prepare(data, out, tokenizer, options["raw"], tell)
     settings = _settings(words, options, recipe_settings(corpus))
     job = Job(settings, base, tokenizer, corpus, out, place.gpus, options["resume"])

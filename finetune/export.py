@@ -191,7 +191,8 @@ def _begin(out: Path, partial: Path, needed: int) -> None:
     place = nearest(partial.parent)
     free = shutil.disk_usage(place).free
     if free < needed + _SPARE_BYTES:
-        what = f"the model takes {size(needed, 1)}, {str(place)!r} has {size(free, 1)} left"
+        needs = f"{size(needed, 1)} and {size(_SPARE_BYTES, 1)} to spare"
+        what = f"the model takes {needs}, {str(place)!r} has {size(free, 1)} left"
         raise KoalaError(what, "free some space, or write to another disk")
     if partial.exists():  # of an export that was killed: a run's folder has one owner
         shutil.rmtree(partial)

@@ -27,7 +27,8 @@ class TrainingView:
         self._seconds: float | None = None  # of a step, smoothed
         self._before = self._begun
         terminal = console.err_console()
-        self._live = Live(console=terminal, transient=True, auto_refresh=False) if terminal.is_terminal else None
+        drawn = terminal.is_terminal and not terminal.is_dumb_terminal
+        self._live = Live(console=terminal, transient=True, auto_refresh=False) if drawn else None
 
     def __enter__(self) -> TrainingView:
         if self._live:
@@ -45,7 +46,7 @@ class TrainingView:
         self._seconds = took if self._seconds is None else _SMOOTH * self._seconds + (1 - _SMOOTH) * took
         line = self.line(step, now - self._begun)
         if self._live:
-            self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+            self._live.update(Text(line), refresh=True)
         elif now - self._last_line >= _EVERY or step.step in (self._first + 1, self._total):
             self._last_line = now
             console.note(line)

@@ -122,9 +122,10 @@ def _data(run: Training) -> str:
         for name, counts in run.manifest.sources.items()
     ]
     head = ("source", "dialogues", "held out", "planned", "tokens", "trained on", "licence")
+    cuts = plan.cuts and f"Cut, per epoch: {plan.cuts}. "
     packing = (
         f"Planned: {plan.rows:,} rows of {plan.sequence_length:,} tokens, {plan.fill:.1%} full; "
-        f"{plan.tokens:,} tokens, {plan.trained_tokens:,} of them trained on. {plan.cuts and f'Cut: {plan.cuts}. '}"
+        f"{plan.tokens:,} tokens, {plan.trained_tokens:,} of them trained on. {cuts}"
         f"Corpus {run.manifest.key[:16]}, plan {plan.key[:16]} (SHA-256).\n"
     )
     caption = "Dialogues in the corpus, and what the plan draws of them over all epochs.\n\n"

@@ -135,13 +135,14 @@ class Plan:
         return [
             f"parameters      {self.numbers.parameters:,}{trained}",
             f"tokens          {work.tokens:,} in {rows}, {1 - fill:.1%} padding",
-            *([f"cut             {work.cuts}"] if work.cuts else []),
+            *([f"cut, per epoch  {work.cuts}"] if work.cuts else []),
             f"steps           {work.steps:,} of {settings.global_batch} rows",
             f"work            {self.flops:.3g} FLOP, {work_of(self.numbers, settings) / 1e9:.4g} GFLOP a token",
         ]
 
     def _memory_lines(self) -> list[str]:
-        of = f"each of {self.machine.gpus} GPUs" if self.machine.gpus else "the process, on top of the program itself"
+        gpus = self.machine.gpus
+        of = f"each of {gpus} GPUs" if gpus > 1 else "the GPU" if gpus else "the process, on top of the program itself"
         parts = [f"  {name:<16}{_gb(count):>9}" for name, count in self.memory.parts().items()]
         note = "" if self.memory.accumulates else " (gradients come as activations go: the larger counts)"
         lines = [f"memory of {of}", *parts, f"  {'peak':<16}{_gb(self.memory.peak):>9}{note}"]

@@ -4,6 +4,7 @@ A key of a table is written with a dot: `model.hidden_size=512`, `lora.rank=16`,
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -158,8 +159,17 @@ def as_tree(settings: Settings) -> dict[str, Any]:
 def differences(before: Settings, now: Settings) -> list[str]:
     """What differs and decides numbers, each as "key was X and is Y"."""
     old, new = dict(_leaves(as_tree(before))), dict(_leaves(as_tree(now)))
-    keys = [key for key in {**old, **new} if key not in FREE_KEYS and old.get(key) != new.get(key)]
+    keys = [key for key in _unequal(old, new) if key not in FREE_KEYS]
     return [f"{key} was {_shown(old.get(key))} and is {_shown(new.get(key))}" for key in keys]
+
+
+def changed_keys(before: str, now: str) -> list[str]:
+    """What differs between two `as_tree` in JSON."""
+    return _unequal(dict(_leaves(json.loads(before))), dict(_leaves(json.loads(now))))
+
+
+def _unequal(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
 def _shown(value: object) -> str:
@@ -234,7 +244,7 @@ def _hint(kind: type, name: str, prefix: str = "") -> Any:
     if name in hints:
         return hints[name]
     key = f"{prefix}.{name}" if prefix else name
-    near = get_close_matches(key, list_keys(), n=3, cutoff=0.5)
+    near = get_close_matches(key, list_keys(), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(list_keys())}"
     raise SettingsError(f"there is no setting called {key!r}", hint)
 

@@ -173,11 +173,11 @@ def _check(run: Run, loss: float, norm: float, rows: Sequence[NDArray[np.int64]]
         everyone = [mine]
     guilty = max(everyone, key=lambda each: each[:2])[2]
     what = f"a gradient norm of {norm}" if math.isfinite(loss) else f"a loss of {loss}"
-    hint = "look at these rows; a lower learning_rate may help"
+    hint = "look at these rows, and at the base if it is the first step; a lower learning_rate may help"
     if finite:
         what = f"a loss of {loss:.3f}, {loss - usual:.1f} over the {which} of the steps before"
         hint += ", and spike_limit=0 lets a spike pass with --resume"
-    raise TrainingError(f"step {run.done + 1} has {what}; the worst is {run.name_rows(guilty)}", hint)
+    raise TrainingError(f"step {run.done + 1} has {what}, most in {run.name_rows(guilty)}", hint)
 
 
 def _usual(losses: Sequence[float], limit: float) -> tuple[float, float, str]:

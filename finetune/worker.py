@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.distributed import FileStore, HashStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from koala_local import console
 from koala_local.errors import KoalaError, OutOfMemoryError
 from koala_local.wording import first_line, first_of
 
@@ -36,9 +37,9 @@ from .model import base_config, build, compute_dtype, shape_config, torch_dtype
 from .optimizer import build_optimizer
 from .prepare import training
 from .run_log import RunLog
-from .settings import Settings, as_tree, differences, settings_from
+from .settings import Settings, as_tree, changed_keys, differences, settings_from
 from .throughput import Numbers, known_gpu, utilization, work_of
-from .train import Run, Step, restore, train
+from .train import Run, Step, TrainingError, restore, train
 from .weights import fingerprint
 
 CHECKPOINTS = "checkpoints"
@@ -78,6 +79,8 @@ def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> in
     run.base = frozen
     if saved:
         restore(run, saved)
+        if rank.first and (changed := other_draws(saved, settings)):
+            console.note(changed)
     run.stops = lambda: received
     with ExitStack() as stack:
         log, view = None, None
@@ -87,7 +90,12 @@ def _work(job: Job, rank: Rank, device: torch.device, received: list[int]) -> in
             view = stack.enter_context(TrainingView(total, run.done, job.price))
         run.tell = _teller(log, view)
         run.evaluate = _evaluator(run, plan.corpus, tokenizer, log, view)
-        stop = train(run)
+        try:
+            stop = train(run)
+        except TrainingError as error:
+            if log:
+                log.event("stopped", run.done + 1, {"why": error.message})
+            raise
     if stop:
         return 128 + stop
     finish(job, run, plan)
@@ -129,7 +137,8 @@ def _origin(plan: PackPlan, rows: Sequence[int] | NDArray[np.int64]) -> str:
     dialogues = np.unique(plan.pieces.document[np.concatenate(pieces)]).tolist() if pieces else []
     shown = first_of([str(each) for each in dialogues], _SHOWN)
     where = f"koala data inspect {plan.corpus.folder} --index N"
-    return f"row {', '.join(map(str, rows))} of the plan, dialogues {shown} of the corpus ({where} shows them)"
+    numbers = f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows))}"
+    return f"{numbers} of the plan, dialogues {shown} of the corpus ({where} shows them)"
 
 
 def _evaluator(
@@ -167,6 +176,15 @@ def check_resumable(saved: Saved, settings: Settings, plan_key: str, base: str =
     if changed:
         what = f"{str(saved.folder)!r} is of a run with other settings: {'; '.join(changed)}"
         raise KoalaError(what, "resume with what it was started with, or start a new run with another -o")
+
+
+def other_draws(saved: Saved, settings: Settings) -> str:
+    """What to say where dropout draws otherwise from here on; empty where it does not."""
+    before = settings_from(dict(saved.about["settings"])).micro_batch
+    drops = settings.dropout or settings.attention_dropout or (settings.lora and settings.lora.dropout)
+    if not drops or before == settings.micro_batch:
+        return ""
+    return f"micro_batch was {before} and is {settings.micro_batch}: from here on dropout draws otherwise"
 
 
 def _mesh(settings: Settings, rank: Rank, device: torch.device) -> DeviceMesh | None:
@@ -256,4 +274,5 @@ def check_agreement(rank: Rank, here: Mapping[str, str]) -> None:
         for number, there in enumerate(everyone):
             if there[what] != value:
                 hint = "start koala finetune with the same options and the same data on every machine"
-                raise KoalaError(f"rank {number} has another {what} than rank 0", hint)
+                named = f" ({', '.join(changed_keys(value, there[what]))})" if what == "settings" else ""
+                raise KoalaError(f"rank {number} and rank 0 differ in their {what}{named}", hint)

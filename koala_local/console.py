@@ -21,7 +21,7 @@ from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from koala_local.errors import Interrupted, KoalaError
-from koala_local.wording import duration
+from koala_local.wording import duration, size
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _NARROWEST = 16  # columns of a text that is folded
 _WIDE = 72  # columns for all of a progress line
 _LONGEST_LINE = 2000  # characters of an error
-_TELL_S = 30.0  # from one line about progress to the next
+_TELL_S = 15.0  # from one line about progress to the next
 
 
 class Exit(IntEnum):
@@ -145,12 +145,13 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
     with bars.Progress(*columns, speed_estimate_period=seconds, **options) as bar:
         task = bar.add_task(what, total=None, detail="")
 
-        def step(done: int, total: int, detail: str = "") -> None:
+        def step(done: int, total: int | None, detail: str = "") -> None:
             nonlocal told
             bar.update(task, completed=done, total=total, detail=_plain(detail))
             if not drawn and time.monotonic() - told >= _TELL_S:
                 told, left = time.monotonic(), bar.tasks[0].time_remaining
-                note(f"{what}: {bar.tasks[0].percentage:.0f} %{f', {duration(left)} left' if left else ''}")
+                count = " of ".join(size(n) if unit == "B" else f"{n:,}" for n in (done, total) if n is not None)
+                note(f"{what} {detail}: {count}{f', {duration(left)} left' if left else ''}")
 
         yield step
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -15,8 +15,8 @@ from koala_local import console
 
 from .mix import REASONS, Tell
 
+_WIDE = 1000  # columns, more than any table takes
 SHOWN = 3  # rows of each source and kind
-_EVERY = 15.0  # seconds between lines where no terminal is
 _NOT_HELD = "NOT DECONTAMINATED: no test set was given (--test-set FILE); evaluations may be on training data."
 _LABELS = {
     "keyword": "keyword",
@@ -29,7 +29,26 @@ _LABELS = {
 
 def report_view(report: Mapping[str, Any]) -> RenderableType:
     """Counts beside the published ones, lengths, and what was left out."""
-    return Group(_counts(report), "", _lengths(report), "", _left_out(report), "", *_notes(report))
+    tables = (_Fitting(make(report)) for make in (_counts, _lengths, _left_out))
+    return Group(*(part for table in tables for part in (table, "")), *_notes(report))
+
+
+class _Fitting:
+    """A table where the terminal is wide enough, else a paragraph for each of its rows."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __rich_console__(self, terminal: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table
+        if terminal.measure(table, options=options.update(max_width=_WIDE)).maximum <= options.max_width:
+            yield table
+            return
+        yield Text(str(table.title), "italic")
+        heads = [str(column.header) for column in table.columns]
+        for name, *cells in zip(*(column.cells for column in table.columns), strict=True):
+            numbers = ", ".join(f"{head} {cell}" for head, cell in zip(heads[1:], cells, strict=True))
+            yield Text.assemble((f"{name}: ", "bold"), numbers)
 
 
 def _counts(report: Mapping[str, Any]) -> Table:
@@ -116,20 +135,15 @@ def dialogue_view(runs: Sequence[tuple[str, bool]], *, coloured: bool) -> Text:
 @contextmanager
 def telling() -> Iterator[Tell]:
     """A bar for each part of the work; where no terminal is, a line now and then."""
-    terminal = console.err_console().is_terminal
     with console.progress("building") as step:
         part, before, started = "", 0, 0.0
-        said = time.monotonic()
 
         def tell(what: str, done: int, total: int | None) -> None:
-            nonlocal part, before, started, said
+            nonlocal part, before, started
             now = time.monotonic()
             if what != part:
                 part, before, started = what, done, now
             rate = f", {(done - before) / (now - started):,.0f} a second" if now > started + 1 else ""
             step(done, total, f"{what}{rate}")
-            if not terminal and now - said >= _EVERY:
-                said = now
-                console.note(f"{what}: {done:,}{f' of {total:,}' if total else ''}{rate}")
 
         yield tell

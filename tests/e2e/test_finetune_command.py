@@ -173,3 +173,12 @@ def test_a_rank_that_dies_on_one_machine_ends_the_other(tmp_path: Path, common: 
     assert b"was killed by SIGKILL" in own
     assert b"koala: error: the connection to another rank was lost" in other and b"--resume" in other
     assert b"internal error" not in own + other
+
+
+def test_a_blow_up_is_told_and_logged(tmp_path: Path, common: tuple[str | Path, ...]) -> None:
+    wild = ("learning_rate=10", "warmup_steps=0", "clip=1e9", "-o", tmp_path / "run")
+    result = koala(tmp_path, "finetune", *common, *wild, OMP_NUM_THREADS="1")
+    assert result.returncode == 1, result.stderr.decode()
+    last = log_lines(tmp_path / "run")[-1]
+    assert last["event"] == "stopped" and last["why"] in result.stderr.decode()
+    assert re.search(r"most in rows? \d", last["why"])

@@ -157,7 +157,7 @@ def test_without_space_nothing_is_left_and_the_error_says_so(
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(KoalaError, match="0 MB left"):
+        with pytest.raises(KoalaError, match="1 kB left"):
             written(model, tmp_path / "out", tokenizer)
     calls = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,7 @@ from koala_local.finetune.job import Job
 from koala_local.finetune.launch import Rank
 from koala_local.finetune.settings import LoraSettings, Settings, as_tree
 from koala_local.finetune.weights import fingerprint
-from koala_local.finetune.worker import check_agreement, check_resumable, check_shared, work
+from koala_local.finetune.worker import check_agreement, check_resumable, check_shared, other_draws, work
 from safetensors.torch import load_file, save_file
 
 from koala_local.errors import KoalaError, OutOfMemoryError
@@ -25,12 +26,17 @@ def _here() -> Rank:
     return Rank(dist.get_rank(), 2, dist.get_rank())
 
 
-def _agree(*keys: str) -> str:
+def _agree(*keys: str, batches: tuple[int, int] = (4, 4)) -> str:
+    settings = Settings(micro_batch=batches[_here().number])
     try:
-        check_agreement(_here(), {"data": keys[_here().number], "settings": "equal"})
+        check_agreement(_here(), {"data": keys[_here().number], "settings": json.dumps(as_tree(settings))})
     except KoalaError as error:
         return error.message
     return ""
+
+
+def _agree_not() -> str:
+    return _agree("one", "one", batches=(4, 2))
 
 
 def _share(*folders: Path) -> str:
@@ -43,7 +49,8 @@ def _share(*folders: Path) -> str:
 
 def test_ranks_that_are_about_to_do_different_things_end_together(ranks: TwoRanks) -> None:
     assert ranks.run(_agree, "one", "one") == ["", ""]
-    assert ranks.run(_agree, "one", "other") == ["rank 1 has another data than rank 0"] * 2
+    assert ranks.run(_agree, "one", "other") == ["rank 1 and rank 0 differ in their data"] * 2
+    assert ranks.run(_agree_not) == ["rank 1 and rank 0 differ in their settings (micro_batch)"] * 2
 
 
 def test_an_output_folder_that_is_not_shared(tmp_path: Path, ranks: TwoRanks) -> None:
@@ -76,6 +83,13 @@ def test_a_base_is_told_from_others_of_its_shape(tmp_path: Path) -> None:
     tensors["model.layers.1.mlp.up_proj.weight"] += 1
     save_file(tensors, again / "model.safetensors")
     assert fingerprint(first) != fingerprint(again)
+
+
+def test_dropout_that_will_draw_otherwise_is_told() -> None:
+    saved = Saved(Path("step-00000003"), 3, {"settings": as_tree(Settings(micro_batch=4))})
+    assert other_draws(saved, Settings(micro_batch=4)) == ""
+    assert other_draws(saved, Settings(micro_batch=2, dropout=0.0)) == ""
+    assert "micro_batch was 4 and is 2" in other_draws(saved, Settings(micro_batch=2, dropout=0.1))
 
 
 def test_adapters_are_not_resumed_over_another_base() -> None:

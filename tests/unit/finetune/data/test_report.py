@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from koala_local.finetune.data.recipe import Recipe, SourceRules
 from koala_local.finetune.data.report import EDGES, length_report, source_report, whole_report, write_plots
 from koala_local.finetune.data.sources import SOURCES
 from koala_local.finetune.data.views import dialogue_view, report_view
+from rich.console import Console
 
 from koala_local import console
 from koala_local.dialogue import Dialogue, Turn
@@ -98,6 +101,16 @@ def test_brackets_or_colours() -> None:
     assert [str(span.style) for span in coloured.spans] == ["bright_black", "green"]
 
 
+def test_a_report_on_a_narrow_terminal_loses_no_number() -> None:
+    found = report()
+    page = io.StringIO()
+    Console(file=page, width=40).print(report_view(found))
+    text = page.getvalue()
+    assert max(map(len, text.splitlines())) <= 40 and "…" not in text
+    numbers = set(re.findall(r"[\d,]+\d", console.as_text(report_view(found))))
+    assert {"70,000"} <= numbers <= set(re.findall(r"[\d,]+\d", text))
+
+
 def test_lines_hold_any_text() -> None:
     for text in ("a\u2028b\nc\x85", '", "held_out": true}', "\x00\x1b", '{"user": ', '"text": "helpful": false', "é😀"):
         example = Example(Dialogue((Turn(text, text, False), Turn("x", text)), text), "hh", "a:1")
@@ -116,8 +129,8 @@ def test_lines_hold_any_text() -> None:
 def test_a_build_that_nobody_watches_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(views, "_EVERY", 0.0)
+    monkeypatch.setattr(console, "_TELL_S", 0.0)
     with views.telling() as tell:
         tell("alpaca", 1000, None)
         tell("tokens", 3, 7)
-    assert capsys.readouterr().err == "alpaca: 1,000\ntokens: 3 of 7\n"
+    assert capsys.readouterr().err == "building alpaca: 1,000\nbuilding tokens: 3 of 7\n"

@@ -87,13 +87,18 @@ def folded(text: str, first: str = "", rest: str = "", *, stream: IO[str] | None
     word that is longer, such as a path, stays whole: it is to be copied."""
     import textwrap
 
-    stream, width = stream or sys.stdout, 0
-    with suppress(OSError, ValueError, AttributeError):  # no terminal, closed, None
-        width = os.get_terminal_size(stream.fileno()).columns
+    width = columns_of(stream or sys.stdout)
     if width < len(rest) + _NARROWEST or len(first) + len(text) <= width:
         return f"{first}{text}"
     fold = textwrap.TextWrapper(width, first, rest, break_long_words=False, break_on_hyphens=False)
     return fold.fill(text)
+
+
+def columns_of(stream: IO[str]) -> int:
+    """How wide the terminal on `stream` is; 0 where there is none."""
+    with suppress(OSError, ValueError, AttributeError):  # no terminal, closed, None
+        return os.get_terminal_size(stream.fileno()).columns
+    return 0
 
 
 def warn(text: str) -> None:
@@ -150,8 +155,9 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, detail=_plain(detail))
             if not drawn and time.monotonic() - told >= _TELL_S:
                 told, left = time.monotonic(), bar.tasks[0].time_remaining
-                count = " of ".join(size(n) if unit == "B" else f"{n:,}" for n in (done, total) if n is not None)
-                note(f"{what} {detail}: {count}{f', {duration(left)} left' if left else ''}")
+                counts = " of ".join(size(n) if unit == "B" else f"{n:,}" for n in (done, total) if n is not None)
+                rest = f", {duration(left)} left" if left else ""
+                note(f"{what} {detail}".rstrip() + f": {counts}{rest}")
 
         yield step
 

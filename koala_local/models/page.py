@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
-from koala_local.console import folded
+from koala_local.console import columns_of, folded
 from koala_local.engine.text_stream import one_line
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """The rows with their columns aligned."""
+    """The rows with their columns aligned; where the terminal is too narrow for that, each cell behind its heading."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(row).rstrip() for row in padded)
+    lines = ["  ".join(row).rstrip() for row in padded]
+    if not 0 < columns_of(sys.stdout) < max(map(len, lines)):
+        return "\n".join(lines)
+    heads = [head.strip().lower() for head in rows[0]]
+    named = ([f"{head} {cell.strip()}".strip() for head, cell in zip(heads, row, strict=True)] for row in rows[1:])
+    return "\n".join(folded(", ".join(filter(None, row)), rest="  ") for row in named)
 
 
 def section(title: str, rows: Sequence[tuple[str, str]]) -> str:

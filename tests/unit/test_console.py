@@ -307,5 +307,5 @@ def test_progress_that_is_not_drawn_is_told_now_and_then(
         monkeypatch.setattr(console, "_TELL_S", 60.0)
         step(500, 1000)
     first, second = capsys.readouterr().err.splitlines()
-    assert first == "downloading: 0 %"
-    assert second.startswith("downloading: 25 %")
+    assert first == "downloading: 0.0 MB of 1.0 kB"
+    assert second.startswith("downloading a.gguf: 0.2 kB of 1.0 kB")

@@ -155,9 +155,9 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, detail=_plain(detail))
             if not drawn and time.monotonic() - told >= _TELL_S:
                 told, left = time.monotonic(), bar.tasks[0].time_remaining
-                counts = " of ".join(size(n) if unit == "B" else f"{n:,}" for n in (done, total) if n is not None)
+                amount = " of ".join(size(n) if unit == "B" else f"{n:,}" for n in (done, total) if n is not None)
                 rest = f", {duration(left)} left" if left else ""
-                note(f"{what} {detail}".rstrip() + f": {counts}{rest}")
+                note(f"{what} {detail}".rstrip() + f": {amount}{rest}")
 
         yield step
 

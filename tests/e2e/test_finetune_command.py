@@ -58,6 +58,7 @@ def test_the_folder_is_a_checkpoint_with_all_that_belongs_to_it(trained: Path) -
     assert evaluations[1]["perplexity"]["all"] < evaluations[0]["perplexity"]["all"]
     assert len(evaluations[0]["samples"]) > 2
     assert (trained / "curves.png").stat().st_size > 10_000
+    assert not list(trained.glob(".*"))
     assert "perplexity" in (trained / "README.md").read_text().lower()
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step-00000035", "step-00000040"]
     assert list((trained / "tensorboard").iterdir())

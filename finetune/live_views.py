@@ -14,7 +14,6 @@ from koala_local import console
 if TYPE_CHECKING:
     from .train import Step
 
-_EVERY = 15.0  # seconds between lines where no terminal is
 _SMOOTH = 0.9  # how much of the average speed the next step leaves
 
 
@@ -47,7 +46,7 @@ class TrainingView:
         line = self.line(step, now - self._begun)
         if self._live:
             self._live.update(Text(line), refresh=True)
-        elif now - self._last_line >= _EVERY or step.step in (self._first + 1, self._total):
+        elif now - self._last_line >= console.TELL_S or step.step in (self._first + 1, self._total):
             self._last_line = now
             console.note(line)
 

@@ -41,15 +41,13 @@ def has_begun(out: Path) -> bool:
 def locked(out: Path) -> Iterator[None]:
     """The folder, made if need be, for one process at a time: the first one prepares the data, the others find it.
     Raises KoalaError when it cannot be written."""
-    guard = out / ".lock"
     with ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock(guard, math.inf))
+            stack.enter_context(lock(out / ".lock", math.inf, removed=True))
         except OSError as error:
             what = f"{str(out)!r} cannot be written: {error.strerror}"
             raise KoalaError(what, "give another folder with -o") from None
-        stack.callback(guard.unlink, missing_ok=True)
         yield
 
 
@@ -57,16 +55,12 @@ def locked(out: Path) -> Iterator[None]:
 def training(out: Path) -> Iterator[None]:
     """The folder for one run at a time: what its first rank holds while it trains. Raises KoalaError where another
     run goes on in it, or came to its end meanwhile."""
-    guard = out / ".running"
-    with lock(guard) as alone:
+    with lock(out / ".running", removed=True) as alone:
         if not alone:
             raise KoalaError(f"another process is training in {str(out)!r}", "wait until it ends, or stop it first")
-        try:
-            if is_finished(out):
-                raise KoalaError(f"the run in {str(out)!r} is finished", "train its checkpoint further with --base")
-            yield
-        finally:
-            guard.unlink(missing_ok=True)
+        if is_finished(out):
+            raise KoalaError(f"the run in {str(out)!r} is finished", "train its checkpoint further with --base")
+        yield
 
 
 def is_finished(out: Path) -> bool:

@@ -244,7 +244,7 @@ def _hint(kind: type, name: str, prefix: str = "") -> Any:
     if name in hints:
         return hints[name]
     key = f"{prefix}.{name}" if prefix else name
-    near = get_close_matches(key, list_keys(), n=3, cutoff=0.6)
+    near = get_close_matches(key, list_keys(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(list_keys())}"
     raise SettingsError(f"there is no setting called {key!r}", hint)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _NARROWEST = 16  # columns of a text that is folded
 _WIDE = 72  # columns for all of a progress line
 _LONGEST_LINE = 2000  # characters of an error
-_TELL_S = 15.0  # from one line about progress to the next
+TELL_S = 15.0  # from one line about progress to the next
 
 
 class Exit(IntEnum):
@@ -65,11 +65,13 @@ def styled(text: str, **style: Any) -> None:
     """Write a line to stdout, folded at words, in `click.style`'s `style` where the terminal has one."""
     import click
 
+    if sys.stdout is None:  # it was closed before the program started
+        return
     if os.environ.get("NO_COLOR"):
         style.pop("fg", None)
-    if not sys.stdout.isatty() or os.environ.get("TERM", "dumb") == "dumb":
-        style = {"reset": False}
-    print(click.style(folded(_plain(text)), **style), flush=True)
+    plain = not sys.stdout.isatty() or os.environ.get("TERM", "").lower() in ("", "dumb", "unknown")
+    text = folded(_plain(text))
+    print(text if plain or not style else click.style(text, **style), flush=True)
 
 
 def json_line(content: object) -> None:
@@ -153,7 +155,7 @@ def progress(what: str, unit: str = "") -> Iterator[Callable[..., None]]:
         def step(done: int, total: int | None, detail: str = "") -> None:
             nonlocal told
             bar.update(task, completed=done, total=total, detail=_plain(detail))
-            if not drawn and time.monotonic() - told >= _TELL_S:
+            if not drawn and time.monotonic() - told >= TELL_S:
                 told, left = time.monotonic(), bar.tasks[0].time_remaining
                 amount = " of ".join(size(n) if unit == "B" else f"{n:,}" for n in (done, total) if n is not None)
                 rest = f", {duration(left)} left" if left else ""

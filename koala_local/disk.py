@@ -84,9 +84,9 @@ def _remove(temporary: Path) -> None:
 
 
 @contextmanager
-def lock(path: Path, seconds: float = 0.0, mode: int = 0o666) -> Iterator[bool]:
-    """Lock the file `path`, as `try_lock` does, until the block ends. Yields whether it is locked: not where somebody
-    else still held it after `seconds`. Raises OSError when the file cannot be made."""
+def lock(path: Path, seconds: float = 0.0, mode: int = 0o666, *, removed: bool = False) -> Iterator[bool]:
+    """Lock the file `path`, as `try_lock` does, until the block ends; then it may be `removed`. Yields whether it is
+    locked: not where somebody else still held it after `seconds`. Raises OSError when the file cannot be made."""
     deadline, pause = time.monotonic() + seconds, _POLL_S
     while (descriptor := try_lock(path, mode)) is None and time.monotonic() < deadline:
         time.sleep(pause)
@@ -95,6 +95,9 @@ def lock(path: Path, seconds: float = 0.0, mode: int = 0o666) -> Iterator[bool]:
         yield descriptor is not None
     finally:
         if descriptor is not None:
+            if removed:
+                with suppress(OSError):
+                    path.unlink()
             os.close(descriptor)
 
 

@@ -9,7 +9,9 @@ def size(count: float, digits: int = 2) -> str:
     """Bytes: GB with so many digits behind the point where that shows two that count, else MB, or kB."""
     if count >= 10.0 ** (10 - digits):
         return f"{count / 1e9:.{digits}f} GB"
-    return f"{count / 1e6:.{digits - 1}f} MB" if count >= 1e5 or not count else f"{count / 1e3:.{digits - 1}f} kB"
+    if count >= 10.0 ** (7 - digits) or not count:
+        return f"{count / 1e6:.{digits - 1}f} MB"
+    return f"{count / 1e3:.{digits - 1}f} kB"
 
 
 def short_number(count: float) -> str:

@@ -43,7 +43,7 @@ from ..safetensors_writer import write_json, write_sharded
 from ..sources.architecture import Checkpoint, TensorInfo
 from ..verify import VerificationError
 from ..vocabulary.tokenizer_files import has_tokenizer
-from .folder import copy_tokenizer, model_config, open_partial, publish, quantization_config, writing
+from .folder import check_free, copy_tokenizer, model_config, open_partial, publish, quantization_config, writing
 from .matrix import GptqSettings, Hessian, quantize_matrix
 from .pack import BITS, PARTS, check_size, pack, unpack
 
@@ -104,14 +104,14 @@ def quantize_gptq(
     compute = compute or default_compute()
     out = out.absolute()
     folder = tokenizer_folder or checkpoint.tokenizer_folder
-    if out.exists() and not force:
-        raise KoalaError(f"{str(out)!r} exists already", "give another folder, or --force to replace it")
+    check_free(out, force)
     if folder is None or not has_tokenizer(folder):
         raise ModelFileError("the checkpoint comes without tokenizer files", "name their folder with --tokenizer")
     _check(checkpoint, settings)
     manifest = _manifest(checkpoint, batches, settings, compute)
     partial = out.with_name(f"{out.name}.partial")
     with writing(out):
+        check_free(out, force)  # another run may have ended meanwhile
         try:
             open_partial(partial, manifest, force)
             run = _Run(checkpoint, settings, compute, partial, progress)

@@ -31,19 +31,22 @@ _COPIED = (
 )
 
 
+def check_free(out: Path, force: bool) -> None:
+    """Raise KoalaError where `out` is there and must not be replaced."""
+    if out.exists() and not force:
+        raise KoalaError(f"{str(out)!r} exists already", "give another folder, or --force to replace it")
+
+
 @contextmanager
 def writing(out: Path) -> Iterator[None]:
     """Keep other runs away from `out`. Raises KoalaError where one is at work, and in place of an OSError."""
     guard = out.with_name(f".{out.name}.lock")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with lock(guard) as alone:
+        with lock(guard, removed=True) as alone:
             if not alone:
                 raise KoalaError(f"another run writes {str(out)!r}", "wait for its end, or give another folder")
-            try:
-                yield
-            finally:
-                guard.unlink(missing_ok=True)
+            yield
     except OSError as error:
         what = f"{str(out)!r} cannot be written: {error.strerror or error}"
         raise KoalaError(what, "free some space or check the folder, then run the same command: it goes on") from None

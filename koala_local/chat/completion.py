@@ -33,8 +33,6 @@ class SlashCompleter(Completer):
         self._models = PathCompleter(expanduser=True, file_filter=lambda name: os.path.isdir(name) or ".gguf" in name)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        from koala_local.chat.commands import COMMANDS  # see _begin_idle in repl.py
-
         line = document.text_before_cursor
         if not line.startswith("/") or line.startswith("//") or "\n" in line:
             return
@@ -42,6 +40,8 @@ class SlashCompleter(Completer):
         if space:
             yield from self._arguments(name, argument, complete_event)
         else:
+            from koala_local.chat.commands import COMMANDS  # see _begin_idle in repl.py
+
             for command in COMMANDS.values():
                 text = f"{command.name} " if command.usage else command.name
                 yield from _match(name, [(text, command.help)])

@@ -11,6 +11,7 @@ from koala_local.errors import TemplateError
 
 _SOURCE_BYTES = 4 * SOURCE_CHARACTERS
 _FILE_SUFFIXES = {".jinja", ".jinja2", ".j2", ".txt"}
+_HINT = f"name a Jinja file, or one of: auto, embedded, {', '.join(FORMATS)}"
 _CHATML_START = "<|im_start|>"
 
 
@@ -62,25 +63,23 @@ def _named(name: str) -> PromptFormat | None:
         return FORMATS[name]
     if path.exists() or path.suffix in _FILE_SUFFIXES or path.name != name:
         return None
-    known = ", ".join(("auto", "embedded", *FORMATS))
-    raise TemplateError(f"there is no prompt format called {name!r}", f"choose one of: {known}; or name a Jinja file")
+    raise TemplateError(f"there is no prompt format called {name!r}", _HINT)
 
 
 def _read(path: Path) -> str:
     """The template in the file at `path`. Raises TemplateError."""
-    hint = f"name a Jinja file, or one of: auto, embedded, {', '.join(FORMATS)}"
     if not path.is_file():
-        raise TemplateError(f"there is no template file {str(path)!r}", hint)
+        raise TemplateError(f"there is no template file {str(path)!r}", _HINT)
     try:
         with path.open("rb") as file:
             data = file.read(_SOURCE_BYTES + 1)
         if len(data) > _SOURCE_BYTES:
-            raise TemplateError(f"the template file {str(path)!r} is larger than {_SOURCE_BYTES >> 20} MiB", hint)
+            raise TemplateError(f"the template file {str(path)!r} is larger than {_SOURCE_BYTES >> 20} MiB", _HINT)
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise TemplateError(f"the template file {str(path)!r} cannot be read: {error.strerror}", hint) from None
+        raise TemplateError(f"the template file {str(path)!r} cannot be read: {error.strerror}", _HINT) from None
     except UnicodeDecodeError:
-        raise TemplateError(f"the template file {str(path)!r} is not UTF-8 text", hint) from None
+        raise TemplateError(f"the template file {str(path)!r} is not UTF-8 text", _HINT) from None
 
 
 def _guessed(names: str, vocabulary: Vocabulary) -> tuple[PromptFormat, str]:

@@ -35,7 +35,7 @@ from koala_local.errors import SessionError
 from koala_local.paths import private_folder, session_file
 
 LIMIT_BYTES = 8 << 30
-_FORMAT = 1
+_FORMAT = 2
 _RECORD_LIMIT = 64 << 20  # a record of a million tokens takes 8 MB
 _YOUNG_S = 60.0
 _HINT = "the conversation itself is saved; only resuming it will take longer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -64,7 +65,7 @@ class LoadedModel:
 
     @property
     def summary(self) -> str:
-        """Size and type in a few words, from the header."""
+        """Size and type in a few words."""
         if self.header is None:
             return f"GPTQ, {size(sum(file.stat().st_size for file in self.path.glob('*.safetensors')))}"
         parameters = sum(prod(tensor.shape) for tensor in self.header.tensors)
@@ -96,7 +97,7 @@ def open_model(
     note: Callable[[str], None],
     meanwhile: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
-    """Load the model; `meanwhile` is done beside that, in another thread. Raises ModelFileError, TemplateError or
+    """Load the model; `meanwhile` is begun beside that, in another thread. Raises ModelFileError, TemplateError or
     OutOfMemoryError."""
     path = resolve(reference, last_used)
     if path.is_dir():
@@ -134,11 +135,14 @@ def checked(path: Path) -> GgufHeader:
 def _open_gguf(
     path: Path, options: LoadOptions, note: Callable[[str], None], meanwhile: Callable[[], object]
 ) -> tuple[GgufHeader, LlamaEngine, Plan]:
-    header, beside = read_header(path), Thread(target=meanwhile, daemon=True)
+    def beside() -> None:
+        with suppress(Exception):  # whoever needs what failed meets it again
+            meanwhile()
+
+    header = read_header(path)
     with probing(path):
-        beside.start()  # the probe's fork comes before the thread
+        Thread(target=beside, daemon=True).start()  # behind the probe's fork
     engine, plan = load_planned(path, header, Wish(options.context, options.kv_type, options.gpu_layers), note)
-    beside.join()
     return header, engine, plan
 
 

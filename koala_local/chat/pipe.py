@@ -93,7 +93,7 @@ def _parse(line: bytes) -> Any:
 
 
 class JsonFront:
-    """What the slash commands act on when a program sends them. Satisfies `commands.Front`."""
+    """What the slash commands act on when a program sends them. Satisfies `Front`."""
 
     def __init__(self, conversation: Conversation, model: LoadedModel, options: LoadOptions) -> None:
         self.conversation, self.model, self.options = conversation, model, options

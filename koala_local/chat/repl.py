@@ -40,7 +40,7 @@ _STYLE = Style.from_dict({"prompt": "bold", "bottom-toolbar": "noreverse dim"})
 
 
 class Repl:
-    """One person at a terminal. Satisfies `commands.Front`."""
+    """One person at a terminal. Satisfies `Front`."""
 
     def __init__(self, conversation: Conversation, model: LoadedModel, options: LoadOptions) -> None:
         self.conversation, self.model, self.options = conversation, model, options
@@ -244,7 +244,8 @@ class Repl:
         if notice := model.licence_notice():
             console.styled(notice, fg="yellow")
         self._tell_notes()
-        console.styled("/help lists the commands\n", dim=True)
+        console.styled("/help lists the commands", dim=True)
+        console.styled("")
         if self.conversation.path():
             from koala_local.chat.views import recap
 

@@ -305,8 +305,8 @@ def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
 
 @contextmanager
 def _stopped_by_ctrl_c(params: Any) -> Iterator[None]:
-    """Let Ctrl-C end the loading. The only Python that runs meanwhile is llama.cpp's callbacks, and ctypes drops what
-    they raise. A handler that someone has set, and other threads, are left alone."""
+    """Let Ctrl-C end the loading. The only Python that runs in this thread meanwhile is llama.cpp's callbacks, and
+    ctypes drops what they raise. A handler that someone has set, and other threads, are left alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -55,7 +55,7 @@ def pull(reference: str, only_list: bool) -> None:
 def _next_step(runs: bool, reference: str, path: Path) -> str:
     """What to do with a model that is here now."""
     if runs:
-        return f"to talk to it: koala chat {reference}"
+        return f"to talk to it: koala chat {shlex.quote(reference)}"
     return f"an unquantized checkpoint: koala quantize {shlex.quote(str(path))} --bits 4 makes a model to chat with"
 
 
@@ -110,7 +110,7 @@ def _table(offer: Offer, fits: Sequence[str]) -> str:
         mark = "->" if variant == offer.chosen else ""
         file = variant.name or max(variant.files, key=lambda file: file.size).name
         rows.append([mark, variant.type or "?", size(variant.size), answer, f"{file}{parts}"])
-    return columns(rows)
+    return columns(rows, stream=sys.stderr)
 
 
 def _announcement(offer: Offer) -> str:
@@ -191,14 +191,18 @@ def _registered(reference: str) -> Path | None:
     path = resolve.expanded(reference)
     if path in paths:
         return path
-    if path.is_file() and path.parent in paths:
-        found: Path | None = path
-    elif resolve.hub_reference(reference) is not None:  # as everywhere: an alias means the hub's model
+    inside = path.parent in paths and path.is_file()
+    if not inside and resolve.hub_reference(reference) is not None:  # as everywhere: an alias means the hub's model
         return None
-    else:
-        found = store.find_registered(reference)
-    if found is None or found in paths:
-        return found or next((path for path in paths if path.name.lower() == reference.lower()), None)
+    named = [] if inside else [each for each in paths if reference.lower() in (each.name.lower(), each.stem.lower())]
+    if len(named) > 1:
+        what = f"{reference!r} names {len(named)} registered models or folders"
+        raise ModelFileError(what, f"give the path of one: {', '.join(repr(str(each)) for each in named)}")
+    if named:
+        return named[0]
+    found = path if inside else store.find_registered(reference)
+    if found is None:
+        return None
     what = f"{reference!r} is registered with its folder, {str(found.parent)!r}"
     raise ModelFileError(what, f"koala rm {shlex.quote(str(found.parent))} forgets all that is in it")
 

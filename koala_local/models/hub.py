@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined]
 
-from koala_local.disk import nearest, replacing, write_whole
+from koala_local.disk import FULL, nearest, replacing, write_whole
 from koala_local.models import cache
 from koala_local.models.configuration import quantization_method
 from koala_local.models.reference import HubReference, is_commit, is_oid, is_safe_name
@@ -36,6 +36,7 @@ from koala_local.models.transfer import HubError, Progress, Source, bytes_kept, 
 from koala_local.models.variants import File
 from koala_local.wording import size
 
+_LOOK_S = 0.5  # from one look at a lock to the next
 _LARGEST = 1 << 42  # bytes of a file that may be real
 _ODD = "what the hub says of it cannot be right; do not use this repository"
 _OFFLINE_HINT = "check the network; `koala list` shows the models that are here and need none"
@@ -135,8 +136,12 @@ def _bring(repository: Repository, file: File, folder: Path, progress: Progress)
         return
     lock = cache.folder() / ".locks" / folder.name / f"{file.oid}.lock"  # huggingface_hub's own: others wait, too
     lock.parent.mkdir(parents=True, exist_ok=True)
-    progress(0, file.size, "waiting for another program that downloads")
-    with WeakFileLock(lock):
+    with ExitStack() as stack:
+        while True:
+            with suppress(TimeoutError):
+                stack.enter_context(WeakFileLock(lock, timeout=_LOOK_S))
+                break
+            progress(0, file.size, "waiting for another program that downloads")
         if blob.exists():
             return
         url = hf_hub_url(repository.name, file.name, revision=repository.commit, endpoint=constants.ENDPOINT)
@@ -161,11 +166,12 @@ def _kept(folder: Path) -> Iterator[None]:
     """Turn what the disk refuses into a HubError that says what to do."""
     try:
         yield
-    except HfHubHTTPError:  # an OSError, too
+    except (HfHubHTTPError, ConnectionError):  # OSErrors, too
         raise
     except OSError as error:
         what = f"the download cannot be written to {str(folder)!r}: {error.strerror or error}"
-        raise HubError(what, "make room there; the same command goes on with what has come") from None
+        hint = "make room there" if error.errno in FULL else "check that folder"
+        raise HubError(what, f"{hint}; the same command goes on with what has come") from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from koala_local.errors import KoalaError, ModelFileError
 from koala_local.models import cache, catalog
 from koala_local.models.gguf_header import read_header
 from koala_local.models.quant_types import FILE_TYPES, type_in_name
+from koala_local.models.shape import all_tensors
 from koala_local.models.variants import UNQUANTIZED, File, Variant, variants
 from koala_local.paths import data_folder, private_folder
 
@@ -84,9 +85,9 @@ def register(path: Path) -> list[Known]:
     if not found:
         what = f"{str(path)!r} holds neither a .gguf file nor a checkpoint"
         raise ModelFileError(what, "give the path of a .gguf file, or of a folder with config.json and safetensors")
-    for model in found:
-        if not model.path.is_dir() and not read_header(model.path).tensors:
-            raise ModelFileError(f"{str(model.path)!r} holds a vocabulary, no weights", "it cannot be run")
+    read = [model.path.is_dir() or bool(all_tensors(read_header(model.path))) for model in found]
+    if not any(read):
+        raise ModelFileError(f"{str(path)!r} holds a vocabulary, no weights", "take a model's own file")
     _write(replace(_note(path), registered=True))
     paths = [model.path for model in found]
     return [model for model in _registered() if model.path in paths]
@@ -133,6 +134,7 @@ def _registered() -> list[Known]:
     found = []
     for path in registered_paths():
         found += _models_at(path) or [Known(_name(path), path, "local", None, "")]
+    found = list({model.path: model for model in found}.values())  # a file may be registered with its folder, too
     names = Counter(model.reference for model in found) + Counter([BUNDLED, *catalog.ALIASES])
     return [model if names[model.reference] == 1 else replace(model, reference=str(model.path)) for model in found]
 

@@ -36,7 +36,7 @@ PART = 64 << 20  # bytes
 WORKERS = 4
 _READ = 1 << 20
 _SAVE_S = 1.0
-_PAUSE_S = 1.0  # before a request is sent again
+_PAUSE_S = 1.0  # before a request is sent again; twice as long after each try that brings nothing
 _TRIES = 5  # that bring not one byte
 _SHOWN = 120
 

@@ -246,6 +246,14 @@ def test_a_folder_of_ones_own(machine: Machine, tmp_path: Path, content: bytes) 
     for name in ("one", folder / "one.gguf"):
         refused = machine.koala("rm", name)
         assert refused.returncode == 1 and f"koala rm {folder} forgets all".encode() in refused.stderr
+    other = tmp_path / "other" / "models"
+    other.mkdir(parents=True)
+    (other / "two.gguf").write_bytes(content)
+    assert machine.koala("pull", other).returncode == 0
+    refused = machine.koala("rm", "models")
+    assert refused.returncode == 1 and b"names 2 registered" in refused.stderr
+    assert machine.koala("rm", other).returncode == 0
+    assert machine.koala("rm", "x" * 300).returncode == 1
     assert machine.koala("rm", "models").returncode == 0
     assert b"one" not in machine.koala("list").stdout
 

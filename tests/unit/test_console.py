@@ -300,12 +300,36 @@ def test_what_is_counted_has_a_rate_where_there_is_room(
 def test_progress_that_is_not_drawn_is_told_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "_TELL_S", 0.0)
+    monkeypatch.setattr(console, "TELL_S", 0.0)
     with console.progress("downloading", "B") as step:
         step(0, 1000)
         step(250, 1000, "a.gguf")
-        monkeypatch.setattr(console, "_TELL_S", 60.0)
+        monkeypatch.setattr(console, "TELL_S", 60.0)
         step(500, 1000)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "downloading: 0.0 MB of 1.0 kB"
     assert second.startswith("downloading a.gguf: 0.2 kB of 1.0 kB")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "written"),
+    [
+        (True, {"TERM": "xterm"}, "\x1b[31m\x1b[1ma b\x1b[0m\n"),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, "\x1b[1ma b\x1b[0m\n"),
+        (True, {"TERM": "dumb"}, "a b\n"),
+        (False, {"TERM": "xterm"}, "a b\n"),
+    ],
+)
+def test_a_style_is_what_the_terminal_has(
+    terminal: bool, environment: dict[str, str], written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = io.StringIO()
+    monkeypatch.setattr(page, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", page)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    console.styled("a\x1b[31m b", fg="red", bold=True)
+    assert page.getvalue() == written
+    monkeypatch.setattr(sys, "stdout", None)
+    console.styled("nobody reads it")

@@ -164,7 +164,7 @@ def test_another_model_or_setting_is_refused_with_the_reason(
 
 def test_a_record_of_another_version_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, (engine, state) = KvFiles(folder), fake()
-    monkeypatch.setattr("koala_local.chat.kv_files._FORMAT", 2)
+    monkeypatch.setattr("koala_local.chat.kv_files._FORMAT", 1)
     files.save("aaaa2222", engine, 0, [1])
     monkeypatch.undo()
     assert "another version" in miss(files, engine) and state.loads == 0

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -37,6 +39,19 @@ def test_the_plan_is_what_is_loaded(path: Path) -> None:
         assert not notes
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_done_beside_the_load_has_a_thread_of_its_own(path: Path, fails: bool) -> None:
+    begun: SimpleQueue[bool] = SimpleQueue()
+
+    def beside() -> None:
+        begun.put(threading.current_thread() is threading.main_thread())
+        if fails:
+            raise ImportError("whoever needs it says so")
+
+    open_model(str(path), None, LoadOptions(context=512), lambda _: None, beside).engine.close()
+    assert begun.get(timeout=10) is False
 
 
 def test_a_load_that_fails_goes_on_with_less_and_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

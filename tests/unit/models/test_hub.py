@@ -469,15 +469,38 @@ def test_remove_leaves_another_repository_of_the_same_commit_alone(server: Hub) 
 
 
 def test_a_disk_that_fills_up_keeps_what_has_come(server: Hub) -> None:
+    server.delay = 0.05
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bring(offer(), stop)
+    server.delay, missing = 0.0, offer().missing
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))  # what a full disk does, but for the reason
     try:
         error = refused()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot be written" in error.message and "the same command" in error.hint
+    assert "cannot be written" in error.message and "make room there; the same command" in error.hint
     assert not [name for name in left_over() if name.endswith(".partial")]
+    assert offer().missing == missing < SIZE
     assert pull().read_bytes() == CONTENT
+
+
+def test_whoever_waits_for_another_download_is_told(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_LOOK_S", 0.02)
+    server.delay, told = 0.02, list[str]()
+    first = threading.Thread(target=pull)
+    first.start()
+    while not server.served:
+        time.sleep(0.001)
+    bring(offer(), lambda done, total, what: told.append(what))
+    first.join()
+    assert f"waiting for another program that downloads {FILE}" in told
+    assert server.served == SIZE
 
 
 def test_remove_takes_what_a_stopped_download_left(server: Hub) -> None:

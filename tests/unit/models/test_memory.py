@@ -165,7 +165,7 @@ def test_more_layers_than_there_are_means_all() -> None:
 
 def test_ram_that_is_too_small_is_a_problem_with_a_remedy() -> None:
     plan = fit(KOALA, machine(ram=8), Wish())
-    assert re.search(r"needs \S+ GB of RAM and 0.27 GB to spare, and 8.00 GB are free", plan.problem)
+    assert re.search(r"needs \S+ GB of RAM and 0\.27 GB to spare, and 8\.00 GB are free", plan.problem)
     assert "take a type of at most" in plan.hint
     assert plan.choice.kv_type == "q8_0"
     assert not plan.is_hopeless  # the weights can be read from the disk again and again

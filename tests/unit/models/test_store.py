@@ -209,14 +209,40 @@ def test_a_registered_model_with_the_name_of_another_goes_by_its_path(tmp_path: 
     assert resolve(model.reference, None) == path
 
 
-def test_a_vocabulary_alone_is_not_registered(tmp_path: Path) -> None:
-    path = tmp_path / "vocabulary.gguf"
+def test_a_vocabulary_alone_is_not_registered(tmp_path: Path, tiny: Path) -> None:
+    path = without_weights(tmp_path / "models" / "vocabulary.gguf")
+    with pytest.raises(ModelFileError, match="no weights"):
+        store.register(path)
+    with pytest.raises(ModelFileError, match="no weights"):
+        store.register(path.parent)
+    (path.parent / "mine.gguf").write_bytes(tiny.read_bytes())
+    assert {model.reference for model in store.register(path.parent)} == {"mine", "vocabulary"}
+
+
+def test_a_model_whose_first_part_has_no_weights_is_registered(tmp_path: Path, tiny: Path) -> None:
+    path = without_weights(tmp_path / "big-00001-of-00002.gguf", parts=2)
+    (tmp_path / "big-00002-of-00002.gguf").write_bytes(tiny.read_bytes())
+    assert [model.path for model in store.register(path)] == [path]
+
+
+def test_a_file_that_is_registered_with_its_folder_too_is_there_once(tmp_path: Path, tiny: Path) -> None:
+    path = tmp_path / "models" / "one.gguf"
+    path.parent.mkdir()
+    path.write_bytes(tiny.read_bytes())
+    store.register(path)
+    assert [model.reference for model in store.register(path.parent)] == ["one"]
+    assert names() == ["nano", "one"]
+
+
+def without_weights(path: Path, parts: int = 0) -> Path:
+    path.parent.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(path, "llama")
+    if parts:
+        writer.add_uint16("split.count", parts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ModelFileError, match="no weights"):
-        store.register(path)
+    return path
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", b"GGUF"])

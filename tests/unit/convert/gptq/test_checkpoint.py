@@ -203,11 +203,15 @@ def test_a_stopped_run_with_other_settings_is_not_mixed_in(
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     _, checkpoint = tiny(vocab_size=340)
 
+    refused = []
+
     def second(name: str, done: int, total: int) -> None:
         with pytest.raises(KoalaError, match="another run writes"):
             run(checkpoint, tmp_path / "out", tokenizer, force=True)
+        refused.append(name)
 
     run(checkpoint, tmp_path / "out", tokenizer, progress=second)
+    assert len(refused) == 14
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "tokenizer"]
 
 

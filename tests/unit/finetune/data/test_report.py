@@ -129,7 +129,7 @@ def test_lines_hold_any_text() -> None:
 def test_a_build_that_nobody_watches_says_how_far_it_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(console, "_TELL_S", 0.0)
+    monkeypatch.setattr(console, "TELL_S", 0.0)
     with views.telling() as tell:
         tell("alpaca", 1000, None)
         tell("tokens", 3, 7)

@@ -196,7 +196,7 @@ def test_a_replacement_that_was_cut_short_keeps_the_old_one(raw: Path, built: Pa
 def test_no_space(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(BuildError, match="0 MB free"):
+    with pytest.raises(BuildError, match="0 kB free"):
         make(raw, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -65,7 +65,7 @@ def test_it_tells_the_data_the_settings_and_what_was_measured() -> None:
         "| hc3 | 1,200 | 12 | 2,376 | 68,000 | 40,000 | cc-by-sa-4.0 |",
         "| mine | 5 | 0 | 10 | 800 | 200 | the user's own; not known here |",
         "Recipe `koala-distill`",
-        "35 rows of 2,048 tokens, 98.0% full; 68,800 tokens, 40,200 of them trained on. Cut: 3 dialogues",
+        "35 rows of 2,048 tokens, 98.0% full; 68,800 tokens, 40,200 of them trained on. Cut, per epoch: 3 dialogues",
         '"learning_rate": 3e-05',
         "20 steps, 20,000 tokens, on 1 processor rank; 40 s in steps",
         "3.4500 over the first 10 steps, 2.4500 over the last 10",

@@ -7,7 +7,6 @@ every token and copies the logits history with each saved state.
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import errno
 import hashlib
 import os
@@ -51,6 +50,9 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
     """Keep llama.cpp's last warnings for an error message; nothing of its log reaches the terminal."""
     if level >= 3 and text.strip():
         _log_tail.append(text.decode("utf-8", "replace").strip())
+
+
+_NO_LOG = ctypes.cast(ctypes.CDLL(None).abs, ll.llama_log_callback)  # no Python: the absolute value of the level
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class LlamaEngine:
         self._width = int(ll.llama_model_n_embd(self._model))
         # llama.cpp polls this many times a token. libc's strlen is such a poll without any Python:
         # the stop flag is a string, empty (0, false) until `interrupt` writes a byte into it.
-        self._poll = ctypes.cast(ctypes.CDLL(ctypes.util.find_library("c")).strlen, ll.ggml_abort_callback)
+        self._poll = ctypes.cast(ctypes.CDLL(None).strlen, ll.ggml_abort_callback)
         ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
 
     def _read_vocabulary(self) -> Vocabulary:
@@ -282,18 +284,17 @@ class LlamaEngine:
 
 def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
     """Load with as many layers on the GPU as memory allows: (layers, model, context)."""
-    for layers in _layer_choices(placement):
+    choices = _layer_choices(placement)
+    # What llama.cpp tells is heard only after a failure, in another try: of a model that loads it is thousands of
+    # lines, each of which waits for Python's lock while other threads run Python.
+    for layers, heard in [*((layers, False) for layers in choices), (choices[-1], True)]:
         _log_tail.clear()
-        params = ll.llama_model_default_params()
-        params.n_gpu_layers = layers
-        with _stopped_by_ctrl_c(params):
-            model = ll.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            continue
-        context = ll.llama_init_from_model(model, _context_params(placement))
-        if context:
-            return min(layers, int(ll.llama_model_n_layer(model)) + 1), model, context
-        ll.llama_model_free(model)
+        ll.llama_log_set(_keep_log if heard else _NO_LOG, None)
+        try:
+            if (loaded := _try_to_load(path, placement, layers)) is not None:
+                return loaded
+        finally:
+            ll.llama_log_set(_keep_log, None)
     reason = _log_tail[-1] if _log_tail else "llama.cpp gives no reason"
     if "alloc" in " ".join(_log_tail).lower() or "memory" in " ".join(_log_tail).lower():
         raise OutOfMemoryError(
@@ -301,6 +302,20 @@ def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
             "try a shorter --context, --kv-type q8_0, fewer --gpu-layers, or a smaller model",
         )
     raise ModelFileError(f"llama.cpp cannot load {path.name}: {reason}", "is it a text model that llama.cpp knows?")
+
+
+def _try_to_load(path: Path, placement: Placement, layers: int) -> tuple[int, Any, Any] | None:
+    params = ll.llama_model_default_params()
+    params.n_gpu_layers = layers
+    with _stopped_by_ctrl_c(params):
+        model = ll.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        return None
+    context = ll.llama_init_from_model(model, _context_params(placement))
+    if not context:
+        ll.llama_model_free(model)
+        return None
+    return min(layers, int(ll.llama_model_n_layer(model)) + 1), model, context
 
 
 @contextmanager

@@ -295,7 +295,8 @@ def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
                 return loaded
         finally:
             ll.llama_log_set(_keep_log, None)
-    reason = _log_tail[-1] if _log_tail else "llama.cpp gives no reason"
+    reasons = [line for line in _log_tail if not line.endswith("failed to load model")]
+    reason = reasons[-1] if reasons else "llama.cpp gives no reason"
     if "alloc" in " ".join(_log_tail).lower() or "memory" in " ".join(_log_tail).lower():
         raise OutOfMemoryError(
             f"{path.name} with a context of {placement.context} does not fit in memory",

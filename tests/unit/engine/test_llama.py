@@ -18,7 +18,7 @@ from koala_local.engine import llama
 from koala_local.engine.batch import TILE, tiled
 from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.engine.sampling import Sampling
-from koala_local.errors import Interrupted
+from koala_local.errors import Interrupted, ModelFileError
 from tests.engines import tiny_engine
 from tests.gguf_maker import make_model
 
@@ -205,3 +205,10 @@ def test_ctrl_c_ends_the_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         LlamaEngine(path, "fingerprint", Placement(context=64))
     assert proceeds == [True, False]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_load_that_fails_says_why(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "tiny.gguf")
+    path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architectura"))
+    with pytest.raises(ModelFileError, match=r"cannot load tiny.gguf: .*architecture"):
+        LlamaEngine(path, "test", Placement(512))

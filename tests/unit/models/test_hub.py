@@ -64,6 +64,19 @@ def refused(text: str = f"{NAME}:Q4_K_M") -> KoalaError:
     return caught.value
 
 
+def stop_midway(server: Hub, *, behind: int = 0, delay: float = 0.01) -> None:
+    """A download that its user stops once more than `behind` bytes have come, from a server that waits `delay` seconds
+    before each piece."""
+    server.delay = delay
+
+    def stop(done: int, total: int, what: str) -> None:
+        if done > behind:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bring(offer(), stop)
+
+
 def left_over() -> list[str]:
     return sorted(path.name for path in cache.folder().rglob("*") if ".koala." in path.name)
 
@@ -133,15 +146,8 @@ def test_a_server_without_ranges(server: Hub) -> None:
 
 
 def test_a_stopped_download_goes_on_from_what_is_there(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    server.delay = 0.01
-
-    def stop(done: int, total: int, what: str) -> None:
-        if done > SIZE // 3:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr(transfer, "WORKERS", 2)
-    with pytest.raises(KeyboardInterrupt):
-        bring(offer(), stop)
+    stop_midway(server, behind=SIZE // 3)
     assert any(name.endswith(".koala.incomplete") for name in left_over())
     assert cache.find(HubReference(NAME)) is None
     kept = SIZE - offer().missing
@@ -469,14 +475,7 @@ def test_remove_leaves_another_repository_of_the_same_commit_alone(server: Hub) 
 
 
 def test_a_disk_that_fills_up_keeps_what_has_come(server: Hub) -> None:
-    server.delay = 0.05
-
-    def stop(done: int, total: int, what: str) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bring(offer(), stop)
+    stop_midway(server, delay=0.05)
     server.delay, missing = 0.0, offer().missing
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (SIZE // 2, hard))  # what a full disk does, but for the reason
@@ -504,14 +503,7 @@ def test_whoever_waits_for_another_download_is_told(server: Hub, monkeypatch: py
 
 
 def test_remove_takes_what_a_stopped_download_left(server: Hub) -> None:
-    server.delay = 0.01
-
-    def stop(done: int, total: int, what: str) -> None:
-        if done:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        bring(offer(), stop)
+    stop_midway(server)
     (name,) = (name for name in left_over() if name.endswith(".state"))
     (cache.repository_folder(NAME) / "blobs" / f"{name}.partial").touch()  # killed while it noted where it was
     assert remove(HubReference(NAME)) >= 0

@@ -2,4 +2,5 @@
 
 choice.py      which function packs a tensor: a kernel, or ggml.py, the installed library
 blocks.py      the kernels, one for each type: search.py finds scales, with the vectors of vectors.py
+cuda.py        the same text translated for a GPU, with threads.py in the place of vectors.py
 """

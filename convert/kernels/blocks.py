@@ -9,57 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from . import search, vectors
+from .ggml import WEIGHTS
 from .search import HUGE, Scratch, largest, level, require, squares, weigh
-from .vectors import LANES, Floats, Ints, Row, absolute, as_ints, choose, floats, half_bits, inlined, larger, row_of
+from .vectors import Floats, Ints, Row, absolute, as_ints, choose, floats, groups, half_bits, inlined, larger, row_of
 
-WEIGHTS = 256  # of a super-block
 _STEP = 34  # vectors from one short row of Scratch to the next, of up to 32; 4 kB apart, stores would hold up loads
-_BLOCK = 3 * WEIGHTS + 12 * _STEP  # where the packed bytes begin, in vectors
+_FLAGS = 3 * WEIGHTS + 11 * _STEP  # where a vector lies that tells what is left to ggml
+_BLOCK = _FLAGS + _STEP  # where the packed bytes begin, in vectors
 _WORDS = 136  # of 16 bits, at most: eight blocks of Q8_0
 SCRATCH = _BLOCK + _WORDS
 
 
 @inlined
-def _gather(source: Any, start: int, target: Row) -> None:
-    """LANES super-blocks, one a lane. Those behind them will be wanted next."""
-    rows = row_of(source[start:])
-    for i in range(WEIGHTS // LANES):
-        vectors.transpose(rows + i, WEIGHTS // LANES, target + i * LANES)
-    for i in range(WEIGHTS):
-        vectors.prefetch(rows, WEIGHTS + i)
-
-
-@inlined
-def _begin(x: Any, importance: Any, scratch: Any, first: int) -> Scratch:
+def _begin(x: Any, importance: Any, irregular: Any, scratch: Any, first: int) -> Scratch:
     """Fetch the group of super-blocks that starts with number `first`, or the last whole group."""
-    start = min(first * WEIGHTS, x.size - WEIGHTS * LANES)
+    start = vectors.whole(first, irregular)
     row, few = row_of(scratch), row_of(scratch) + 3 * WEIGHTS
-    _gather(x, start, row)
+    flags, block = row + _FLAGS, vectors.ints_of(row + _BLOCK)
+    vectors.fetch(x, start, WEIGHTS, row)
     if importance is not None:
-        _gather(importance, start % (importance.size - WEIGHTS * LANES), row + WEIGHTS)
-    block = row_of(scratch.view(np.int32)) + _BLOCK
+        vectors.fetch_again(importance, start, WEIGHTS, row + WEIGHTS)
     for i in range(_WORDS):
         block[i] = 0
-    few[11 * _STEP] = 0
+    flags[0] = 0
     return Scratch(
         row, row + WEIGHTS, row + 2 * WEIGHTS, few, few + _STEP, few + 2 * _STEP, few + 3 * _STEP, few + 4 * _STEP,
         few + 5 * _STEP, few + 6 * _STEP, few + 7 * _STEP, few + 8 * _STEP, few + 9 * _STEP, few + 10 * _STEP,
-        few + 11 * _STEP, block, importance is not None,
+        flags, block, importance is not None,
     )  # fmt: skip
-
-
-@inlined
-def _end(scratch: Any, first: int, size: int, packed: Any, irregular: Any) -> None:
-    """Write the group."""
-    flags, words = scratch[(_BLOCK - _STEP) * LANES :], scratch[_BLOCK * LANES :].view(np.int32)
-    for lane in range(LANES):
-        block = min(first, irregular.size - LANES) + lane
-        irregular[block] = flags[lane] != 0
-        for i in range(size):
-            packed[block * size + i] = words[i * LANES + lane]
 
 
 @inlined
@@ -89,7 +67,7 @@ def _round_weights(s: Scratch, j: int, n: int, d: Floats, minimum: Floats, low: 
         scaled = (s.x[i] + minimum) / d
         most = larger(absolute(scaled), most)
         s.levels[i] = level(scaled, low, high) - low
-    require(s, search.small(most) & (absolute(d) > 0) & (absolute(d) < HUGE) & (absolute(minimum) < HUGE))
+    require(s, (most < search.SMALL) & (absolute(d) > 0) & (absolute(d) < HUGE) & (absolute(minimum) < HUGE))
 
 
 @inlined
@@ -146,8 +124,8 @@ def _with_six_bits(s: Scratch, nmax: int, rmin: float, nstep: int) -> None:
 
 def q2_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """scales[16], of four bits each for scale and minimum, qs[64], d, dmin"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for first in groups(irregular):
+        s = _begin(x, importance, irregular, scratch, first)
         _search(s, 16, 3, -0.5, 15)
         d, dmin = _round_scales(s, s.scales, s.ls, 16, 15), _round_scales(s, s.minimums, s.lm, 16, 15)
         for j in range(16):
@@ -156,13 +134,13 @@ def q2_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
         _pack(s, 16, 0, 2, 32)
         _put(s, 80, d)
         _put(s, 82, dmin)
-        _end(scratch, first, 42, packed, irregular)
+        vectors.deliver(scratch, _FLAGS, _BLOCK, 42, first, packed, irregular)
 
 
 def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """hmask[32], qs[64], scales[12], of six bits each, d"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for first in groups(irregular):
+        s = _begin(x, importance, irregular, scratch, first)
         sigma2 = 2 * squares(s.x, WEIGHTS) / WEIGHTS
         for j in range(16):
             weigh(s, j, 16, sigma2)
@@ -185,32 +163,32 @@ def q3_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
         _pack(s, 0, 2, 1, 32)
         _pack(s, 32, 0, 2, 32)
         _put(s, 108, d)
-        _end(scratch, first, 55, packed, irregular)
+        vectors.deliver(scratch, _FLAGS, _BLOCK, 55, first, packed, irregular)
 
 
 def q4_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qs[128]"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for first in groups(irregular):
+        s = _begin(x, importance, irregular, scratch, first)
         _with_six_bits(s, 15, -1.0, 20)
         _pack(s, 16, 0, 4, 32)
-        _end(scratch, first, 72, packed, irregular)
+        vectors.deliver(scratch, _FLAGS, _BLOCK, 72, first, packed, irregular)
 
 
 def q5_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, dmin, scales[12], qh[32], qs[128]"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for first in groups(irregular):
+        s = _begin(x, importance, irregular, scratch, first)
         _with_six_bits(s, 31, -0.5, 15)
         _pack(s, 16, 4, 1, 32)
         _pack(s, 48, 0, 4, 32)
-        _end(scratch, first, 88, packed, irregular)
+        vectors.deliver(scratch, _FLAGS, _BLOCK, 88, first, packed, irregular)
 
 
 def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """ql[128], qh[64], scales[16], of eight bits each, d"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
+    for first in groups(irregular):
+        s = _begin(x, importance, irregular, scratch, first)
         for j in range(16):
             for i in range(16):
                 s.w[i] = s.importance[16 * j + i] if importance is not None else s.x[16 * j + i] * s.x[16 * j + i]
@@ -226,14 +204,14 @@ def q6_k(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> 
         _pack(s, 0, 0, 4, 64)
         _pack(s, 128, 4, 2, 32)
         _put(s, 208, d)
-        _end(scratch, first, 105, packed, irregular)
+        vectors.deliver(scratch, _FLAGS, _BLOCK, 105, first, packed, irregular)
 
 
 def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """d, scales_h, scales_l[4], of six bits each, qs[128]"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, importance, scratch, first)
-        sigma2 = squares(s.x, WEIGHTS) * np.float32(2 / WEIGHTS)
+    for first in groups(irregular):
+        s = _begin(x, importance, irregular, scratch, first)
+        sigma2 = squares(s.x, WEIGHTS) * (2 / WEIGHTS)
         for j in range(8):
             weigh(s, j, 32, sigma2)
             s.scales[j] = search.make_iq4(s, s.x + 32 * j, 32, 7)
@@ -249,22 +227,22 @@ def iq4_xs(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -
             s.block[1] = s.block[1] | bits >> 4 << (2 * j)
             _put(s, 4 + j // 2, (bits & 15) << (j % 2 * 4))
         _pack(s, 8, 0, 4, 16)
-        _end(scratch, first, 68, packed, irregular)
+        vectors.deliver(scratch, _FLAGS, _BLOCK, 68, first, packed, irregular)
 
 
 def q8_0(x: Any, importance: Any, packed: Any, irregular: Any, scratch: Any) -> None:
     """eight blocks of d, qs[32], without a search"""
-    for first in range(0, irregular.size, LANES):
-        s = _begin(x, None, scratch, first)
+    for first in groups(irregular):
+        s = _begin(x, None, irregular, scratch, first)
         for j in range(8):
             d = absolute(largest(s.x + 32 * j, 32)) / 127
             require(s, (d > 0) & (1 / d < HUGE))
             _put(s, 34 * j, half_bits(d))
             for i in range(32):
                 scaled = s.x[32 * j + i] * (1 / d)
-                half = choose(scaled < 0, np.float32(-0.49999997), np.float32(0.49999997))
+                half = choose(scaled < 0, -search.HALF, search.HALF)
                 _put(s, 34 * j + 2 + i, as_ints(scaled + half) & 255)  # roundf
-        _end(scratch, first, 136, packed, irregular)
+        vectors.deliver(scratch, _FLAGS, _BLOCK, 136, first, packed, irregular)
 
 
 KERNELS: dict[str, Callable[[Any, Any, Any, Any, Any], None]] = {

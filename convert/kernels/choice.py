@@ -1,4 +1,4 @@
-"""Which function packs a tensor: this project's kernel, or ggml's own.
+"""Which function packs a tensor: this project's kernel, on a GPU or on the processor, or ggml's own.
 
 The kernels (blocks.py) give ggml's bytes many times faster. That is compared with the installed library before a
 kernel is used, as a ggml that was built with fused multiplication has other bytes. Without numba, on a difference or on
@@ -17,16 +17,22 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from koala_local.paths import cache_folder, private_folder
 
 from . import ggml
+from .ggml import WEIGHTS
 
 Pack = Callable[[NDArray[np.float32], str, "NDArray[np.float32] | None"], NDArray[np.uint8]]
+# from super-blocks, one a row, and an importance for each column of the tensor to their bytes, and which of them are
+# left to ggml
+Run = Callable[[NDArray[np.float32], "NDArray[np.float32] | None"], tuple[NDArray[np.uint8], NDArray[np.bool_]]]
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q8_0")
 WORTHWHILE = 2**25  # weights of a type; compiling takes longer than ggml does for fewer
+_LEAST = 32  # super-blocks: what fills the lanes of every kernel
 _SAMPLE = (16, 4096)
 
 
@@ -52,16 +58,47 @@ def notes_of(kernels: Mapping[tuple[str, bool], Kernel]) -> tuple[str, ...]:
 
 @cache
 def kernel(type_: str, weighted: bool) -> Kernel:
-    """The kernel for `type_`, compiled, or taken from the cache, and compared with ggml's on a sample."""
-    try:
-        pack = _packer(_compiled(type_, weighted))
-        difference = _difference(type_, pack, weighted)
-    except Exception as error:  # numba's inner parts are used, which other versions may lack: nothing depends on them
-        reason = "numba is not installed" if isinstance(error, ModuleNotFoundError) else f"no kernel: {error}"
-        return Kernel(ggml.pack, f"ggml's function: {reason.splitlines()[0][:200]}")
-    if difference:
-        return Kernel(ggml.pack, f"ggml's function: {difference}")
-    return Kernel(pack, f"own kernel with {instructions()}, compared with ggml's function")
+    """The kernel for `type_`, compiled, or taken from the cache, and compared with ggml's on a sample. On a GPU that
+    torch sees, else on the processor."""
+    reason = ""
+    for place, make in (("GPU", _on_gpu), ("processor", _on_processor)):
+        if place == "GPU" and not torch.cuda.is_available():
+            continue
+        try:
+            run, what = make(type_, weighted)
+            pack = _packer(run)
+            difference = _difference(type_, pack, weighted)
+        except ModuleNotFoundError as error:
+            difference = f"{error.name} is not installed"
+        except Exception as error:  # inner parts of others are used, which other versions may lack: all goes without
+            difference = f"no kernel: {error}".splitlines()[0][:200]
+        if not difference:
+            return Kernel(pack, f"own kernel {what}, compared with ggml's function{reason}")
+        reason = f"; not on the {place}: {difference}"
+    return Kernel(ggml.pack, f"ggml's function: {difference}")
+
+
+def _on_gpu(type_: str, weighted: bool) -> tuple[Run, str]:
+    from . import cuda
+
+    return cuda.compiled(type_, "cuda"), f"on the {torch.cuda.get_device_name()}"
+
+
+def _on_processor(type_: str, weighted: bool) -> tuple[Run, str]:
+    from .blocks import SCRATCH
+    from .vectors import LANES
+
+    compiled = _compiled(type_, weighted)
+
+    def run(blocks: NDArray[np.float32], importance: NDArray[np.float32] | None) -> Any:
+        packed = np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8)
+        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty((SCRATCH + 1) * LANES, np.float32)
+        scratch = scratch[-scratch.ctypes.data // 4 % LANES :]  # no vector lies across two cache lines
+        weights = None if importance is None else np.resize(importance, len(importance) + LANES * WEIGHTS)
+        compiled(blocks.reshape(-1), weights, packed.reshape(-1).view(np.uint16), irregular, scratch)
+        return packed, irregular
+
+    return run, f"with {instructions()}"
 
 
 def instructions() -> str:
@@ -127,19 +164,12 @@ def sample(rows: int, columns: int) -> NDArray[np.float32]:
     return values.reshape(rows, columns).astype(np.float32)
 
 
-def _packer(compiled: Callable[..., None]) -> Pack:
-    from .blocks import SCRATCH, WEIGHTS
-    from .vectors import LANES
-
+def _packer(run: Run) -> Pack:
     def pack(rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None) -> NDArray[np.uint8]:
-        if rows.shape[1] % WEIGHTS or rows.size < LANES * WEIGHTS:
+        if rows.shape[1] % WEIGHTS or rows.size < _LEAST * WEIGHTS:
             return ggml.pack(rows, type_, importance)
         blocks = rows.reshape(-1, WEIGHTS)
-        packed = np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8)
-        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty((SCRATCH + 1) * LANES, np.float32)
-        scratch = scratch[-scratch.ctypes.data // 4 % LANES :]  # no vector lies across two cache lines
-        weights = None if importance is None else np.resize(importance, len(importance) + LANES * WEIGHTS)
-        compiled(rows.reshape(-1), weights, packed.reshape(-1).view(np.uint16), irregular, scratch)
+        packed, irregular = run(blocks, importance)
         columns = 1 if importance is None else len(importance) // WEIGHTS
         for column in range(columns if irregular.any() else 0):  # of super-blocks, which have the same importances
             left = np.flatnonzero(irregular[column::columns]) * columns + column

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from koala_local.errors import KoalaError
 
+WEIGHTS = int(gguf.QK_K)  # of a super-block
+
 
 def row_size(type_: str, columns: int) -> int:
     """Bytes of a row of `columns` weights, which must divide into blocks."""

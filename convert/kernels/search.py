@@ -12,15 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import vectors
-from .vectors import Floats, Row, Truths, absolute, any_of, choose, floats, inlined, larger, nearest, smaller
+from .vectors import Floats, Row, Truths, absolute, any_of, choose, floats, inlined, larger, nearest, smaller, unrolled
 
 f32 = np.float32
-EPSILON, HUGE = f32(1e-15), f32(3e38)  # GROUP_MAX_EPS: what is smaller counts as zero
-_SMALL = f32(2**22 - 1)  # what nearest_int can round
-_NEAR = f32(0.4999)  # what is as near to an integer is rounded to it
+EPSILON, HUGE, INFINITE = f32(1e-15), f32(3e38), np.inf  # GROUP_MAX_EPS: what is smaller counts as zero
+HALF = f32(0.49999997)  # the largest below it
+SMALL, _NEAR = f32(2**22 - 1), f32(0.4999)  # what nearest_int can round; what is as near to an integer goes there
 VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], f32)  # kvalues_iq4nl
-INDEXES = np.arange(16, dtype=f32)
-_MIDDLES = (VALUES[1:] + VALUES[:-1]) / f32(2)
+INDEXES, _MIDDLES = np.arange(16, dtype=f32), (VALUES[1:] + VALUES[:-1]) / f32(2)
 
 
 class Scratch(NamedTuple):
@@ -49,11 +48,6 @@ class Scratch(NamedTuple):
 def require(s: Scratch, truths: Truths) -> None:
     """Where it is not so, the super-block is left to ggml."""
     s.irregular[0] = s.irregular[0] + choose(truths, 0, 1)
-
-
-@inlined
-def small(x: Floats) -> Truths:
-    return absolute(x) < _SMALL
 
 
 @inlined
@@ -104,13 +98,13 @@ def make_qkx(
     minimum, best = smaller(low, 0), floats(0)
     iscale = nmax / (high - minimum)
     scale = 1 / iscale
-    require(s, (high > minimum) & small(iscale * (high - minimum)))
+    require(s, (high > minimum) & (absolute(iscale * (high - minimum)) < SMALL))
     for i in range(n):
         difference = scale * nearest(iscale * (x[i] - minimum)) + minimum - x[i]
         best = best + s.w[i] * (absolute(difference) if use_mad else difference * difference)
     for step in range(nstep + 1):
         iscale = (f32(rmin) + f32(rdelta) * f32(step) + f32(nmax)) / (high - minimum)
-        require(s, small(iscale * (low - minimum)) & small(iscale * (high - minimum)))
+        require(s, (absolute(iscale * (low - minimum)) < SMALL) & (absolute(iscale * (high - minimum)) < SMALL))
         sum_l = sum_l2 = sum_xl = error = floats(0)
         for i in range(n):
             li = s.aux[i] = level(iscale * (x[i] - minimum), 0.25, nmax)
@@ -131,24 +125,27 @@ def make_qkx(
 
 
 @inlined
+def _step(grid: int, most: int) -> int:
+    """Of the grid with this number: 0, -most .. -1, 1 .. most."""
+    return (grid - 1 - most + grid // (most + 1)) * min(grid, 1)
+
+
+@inlined
 def make_qx(s: Scratch, x: Row, w: Row, n: int, nmax: int) -> tuple[Floats, Floats]:
     """make_qx_quants: the scale of a grid around zero, the best of 19 by weighted least squares, and its iscale."""
     value = largest(x, n)
     require(s, (absolute(value) >= EPSILON) & (absolute(value) < HUGE))
     for i in range(n):
         s.aux[i] = w[i] * x[i]
-    found = scale = floats(0)
-    best = floats(-np.inf)
-    for step in range(-10, 10):  # -10 stands for the first, plain grid
-        if step == 0:
-            continue
-        iscale = -(f32(nmax) + f32(0.1) * f32(0 if step == -10 else step)) / value
+    found, scale, best = floats(0), floats(0), floats(-INFINITE)
+    for grid in range(19):  # the first is the plain one
+        iscale = -(f32(nmax) + f32(0.1) * f32(_step(grid, 9))) / value
         sumlx = suml2 = floats(0)
         for i in range(n):
             li = level(iscale * x[i], -nmax, nmax - 1)
             sumlx, suml2 = sumlx + s.aux[i] * li, suml2 + w[i] * li * li
         better = (suml2 > 0) & (sumlx * sumlx > best * suml2)
-        if step == -10:
+        if grid == 0:
             require(s, better)
         found, scale = choose(better, iscale, found), choose(better, sumlx / suml2, scale)
         best = choose(better, scale * sumlx, best)
@@ -164,22 +161,19 @@ def make_q3(s: Scratch, x: Row, levels: Row, n: int, nmax: int) -> Floats:
     iscale = -nmax / value
     for i in range(n):
         levels[i] = level(iscale * x[i], -nmax, nmax - 1)
-    return improve(s, x, s.w, levels, n, -nmax, nmax - 1, -np.inf)
+    return improve(s, x, s.w, levels, n, -nmax, nmax - 1, -INFINITE)
 
 
 @inlined
 def make_qp(s: Scratch, x: Row, w: Row, levels: Row, n: int, nmax: int) -> Floats:
     """make_qp_quants: scale and levels of positive numbers, from the best of nine grids on."""
-    high = found = floats(0)
-    best = floats(np.inf)
+    high, found, best = floats(0), floats(0), floats(INFINITE)
     for i in range(n):
         high = larger(high, x[i])
         require(s, (x[i] >= 0) & (x[i] < HUGE) & (w[i] >= 0))
     require(s, high >= EPSILON)
-    for step in range(-5, 5):  # -5 stands for the first, plain grid
-        if step == 0:
-            continue
-        iscale = (f32(0.1) * f32(0 if step == -5 else step) + f32(nmax)) / high
+    for grid in range(9):  # the first is the plain one
+        iscale = (f32(0.1) * f32(_step(grid, 4)) + f32(nmax)) / high
         scale, error = 1 / iscale, floats(0)
         for i in range(n):
             difference = x[i] - scale * smaller(nearest(iscale * x[i]), nmax)
@@ -195,7 +189,7 @@ def make_qp(s: Scratch, x: Row, w: Row, levels: Row, n: int, nmax: int) -> Float
 def _settle(s: Scratch, i: int, x: Floats, w: Floats, li: Floats, low: int, high: int) -> None:
     """Note what a weight adds to the sums, and between which ends it may be wanted without a move, for certain."""
     s.lx[i], s.l2[i] = w * x * li, w * li * li
-    s.above[i], s.below[i] = choose(li > low, li - _NEAR, -_SMALL), choose(li < high, li + _NEAR, _SMALL)
+    s.above[i], s.below[i] = choose(li > low, li - _NEAR, -SMALL), choose(li < high, li + _NEAR, SMALL)
 
 
 @inlined
@@ -207,23 +201,21 @@ def improve(s: Scratch, x: Row, w: Row, levels: Row, n: int, low: int, high: int
         _settle(s, i, x[i], w[i], levels[i], low, high)
         sumlx, suml2 = sumlx + s.lx[i], suml2 + s.l2[i]
     require(s, absolute(sumlx) > f32(1e-26))  # what is left of it when one weight is taken away is no denormal
-    for _ in range(5):
-        moved = False
+    rounds, moved = 0, True
+    while moved & (rounds < 5):  # without a move the next round would be the same
+        rounds, moved = rounds + 1, False
         for i in range(n):
             slx, sl2 = sumlx - s.lx[i], suml2 - s.l2[i]
-            if not any_of((slx > 0) & ~((s.above[i] * slx < x[i] * sl2) & (x[i] * sl2 < s.below[i] * slx))):
-                continue
-            li, wanted = levels[i], x[i] * sl2 / slx
-            new, better = level(wanted, low, high), (slx > 0) & (sl2 > least)
-            require(s, small(wanted) | ~better)
-            slx, sl2 = slx + w[i] * x[i] * new, sl2 + w[i] * new * new
-            better = better & (new != li) & (sl2 > 0) & (slx * slx * suml2 > sumlx * sumlx * sl2)
-            levels[i] = choose(better, new, li)
-            sumlx, suml2 = choose(better, slx, sumlx), choose(better, sl2, suml2)
-            _settle(s, i, x[i], w[i], levels[i], low, high)
-            moved |= any_of(better)
-        if not moved:  # the next round would be the same
-            break
+            if any_of((slx > 0) & ~((s.above[i] * slx < x[i] * sl2) & (x[i] * sl2 < s.below[i] * slx))):
+                li, wanted = levels[i], x[i] * sl2 / slx
+                new, better = level(wanted, low, high), (slx > 0) & (sl2 > least)
+                require(s, (absolute(wanted) < SMALL) | ~better)
+                slx, sl2 = slx + w[i] * x[i] * new, sl2 + w[i] * new * new
+                better = better & (new != li) & (sl2 > 0) & (slx * slx * suml2 > sumlx * sumlx * sl2)
+                levels[i] = choose(better, new, li)
+                sumlx, suml2 = choose(better, slx, sumlx), choose(better, sl2, suml2)
+                _settle(s, i, x[i], w[i], levels[i], low, high)
+                moved |= any_of(better)
     require(s, (suml2 > 0) & (absolute(sumlx / suml2) < HUGE))
     return sumlx / suml2
 
@@ -232,7 +224,7 @@ def improve(s: Scratch, x: Row, w: Row, levels: Row, n: int, low: int, high: int
 def nearest_of(x: Floats, results: Any) -> Floats:
     """best_index_int8 among kvalues_iq4nl: the one of `results` at its index."""
     result = floats(results[0])
-    for k in range(15):
+    for k in unrolled(15):
         result = choose(x >= _MIDDLES[k], results[k + 1], result)
     return result
 
@@ -240,7 +232,7 @@ def nearest_of(x: Floats, results: Any) -> Floats:
 @inlined
 def make_iq4(s: Scratch, x: Row, n: int, ntry: int) -> Floats:
     """The search of quantize_row_iq4_nl_impl: as make_qx, on a grid that is not even."""
-    value, scale, best = largest(x, n), floats(0), floats(-np.inf)
+    value, scale, best = largest(x, n), floats(0), floats(-INFINITE)
     require(s, (absolute(value) >= EPSILON) & (absolute(value) < HUGE))
     for step in range(-ntry - 1, ntry + 1):  # -ntry - 1 stands for the first, plain grid
         iscale = 1 / (-value / VALUES[0]) if step < -ntry else (f32(step) + VALUES[0]) / value

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 import llvmlite.binding
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.core.typing import signature
@@ -191,6 +192,7 @@ for _vector, _row in _ROWS.items():
     _define(operator.getitem, _vector, (_row, types.intp), _load)
     _define(operator.setitem, types.none, (_row, types.intp, _vector), _store)
 
+unrolled = range  # of a loop whose turns are written out
 floats = _named(_F, (_F,), _each(lambda builder, x: x))  # a number in every lane
 absolute = _named(_F, (_F,), _each(_library("llvm.fabs")))
 square_root = _named(_F, (_F,), _each(_library("llvm.sqrt")))
@@ -202,17 +204,55 @@ any_of = _named(types.boolean, (_T,), _any)
 as_ints = _named(_I, (_F,), _each(lambda builder, x: builder.fptosi(x, _INTS)))
 half_bits = _named(_I, (_F,), _each(_to_half))  # rounded to float16, as its 16 bits
 from_half_bits = _named(_F, (_I,), _each(_from_half))
-prefetch = _named(types.none, (_ROWS[_F], types.intp), _prefetch)  # row[i], which will be wanted soon
-transpose = _named(types.none, (_ROWS[_F], types.intp, _ROWS[_F]), _transpose)  # of LANES rows that lie `stride` apart
+ints_of = _named(_ROWS[_I], (_ROWS[_F],), lambda builder, row: builder.bitcast(row, _ROWS[_I].ir))
+_prefetch_row = _named(types.none, (_ROWS[_F], types.intp), _prefetch)  # row[i], which will be wanted soon
+_transposed = _named(types.none, (_ROWS[_F], types.intp, _ROWS[_F]), _transpose)  # of LANES rows `stride` apart
 
 
 def _row_of(context: Any, array: Any) -> Any:
-    row = _ROWS[_F if array.dtype == types.float32 else _I]
-
     def generate(context: Any, builder: Any, typed: Any, values: Any) -> Any:
-        return builder.bitcast(context.make_array(typed.args[0])(context, builder, values[0]).data, row.ir)
+        return builder.bitcast(context.make_array(array)(context, builder, values[0]).data, _ROWS[_F].ir)
 
-    return signature(row, array), generate
+    return signature(_ROWS[_F], array), generate
 
 
-row_of = cast(Callable[..., Any], intrinsic(_row_of))  # of an array of float32 or int32, which has to outlive it
+row_of = cast(Callable[..., Any], intrinsic(_row_of))  # of an array of float32, which has to outlive it
+
+
+@inlined
+def groups(irregular: Any) -> Any:
+    """The number of the first of every `LANES` super-blocks."""
+    return range(0, irregular.size, LANES)
+
+
+@inlined
+def whole(first: int, irregular: Any) -> Any:
+    """The same, or for the last group one that has `LANES` behind it."""
+    return min(first, irregular.size - LANES)
+
+
+@inlined
+def fetch(source: Any, first: int, weights: int, target: Row) -> None:
+    """`LANES` super-blocks of so many weights, one a lane. Those behind them will be wanted next."""
+    rows = row_of(source[first * weights :])
+    for i in range(weights // LANES):
+        _transposed(rows + i, weights // LANES, target + i * LANES)
+    for i in range(weights):
+        _prefetch_row(rows, weights + i)
+
+
+@inlined
+def fetch_again(source: Any, first: int, weights: int, target: Row) -> None:
+    """The same of numbers that repeat; `source` goes on for a group behind the period."""
+    fetch(source, first % (source.size // weights - LANES), weights, target)
+
+
+@inlined
+def deliver(scratch: Any, flags: int, words: int, size: int, first: int, packed: Any, irregular: Any) -> None:
+    """Of each lane `size` numbers of 16 bits, from that place on, and whether the vector of flags is not 0 there."""
+    marks, numbers = scratch[flags * LANES :], scratch[words * LANES :].view(np.int32)
+    for lane in range(LANES):
+        block = whole(first, irregular) + lane
+        irregular[block] = marks[lane] != 0
+        for i in range(size):
+            packed[block * size + i] = numbers[i * LANES + lane]

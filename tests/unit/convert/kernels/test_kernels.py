@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
@@ -286,6 +287,14 @@ def test_without_numba_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh
     monkeypatch.setitem(sys.modules, "numba", None)
     found = choice.kernel("Q4_K", False)
     assert found.pack is ggml.pack and "numba is not installed" in found.note
+
+
+def test_without_a_working_gpu_the_processor_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: 1 / 0)
+    note = choice.kernel("Q6_K", False).note
+    assert note.startswith("own kernel with ") and note.endswith("; not on the GPU: no kernel: division by zero")
 
 
 def test_where_bytes_differ_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:

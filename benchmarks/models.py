@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +55,7 @@ class Model:
     def endless_engine(self, context: int = CONTEXT) -> LlamaEngine:
         """The model loaded as the program loads it, but no token ends a reply: its length is `max_tokens`."""
         engine = LlamaEngine(self.path, read_header(self.path).fingerprint, Placement(context))
-        engine.vocabulary = replace(engine.vocabulary, ends=frozenset())
+        engine.vocabulary = engine.vocabulary._replace(ends=frozenset())
         return engine
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
-from dataclasses import fields
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -178,9 +177,9 @@ def _open(
     loaded = open_model(model, last, load, console.note, meanwhile)
     try:
         sampling = Sampling()
-        for setting in fields(Sampling):
-            if options.get(setting.name) is not None:
-                sampling = with_setting(sampling, setting.name, options[setting.name])
+        for name in Sampling._fields:
+            if options.get(name) is not None:
+                sampling = with_setting(sampling, name, options[name])
         conversation = Conversation(
             loaded.ledger(load.overflow),
             history,
@@ -262,7 +261,6 @@ def sessions(context: click.Context) -> None:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def list_sessions(as_json: bool = False) -> None:
     """Newest first: id, when it was last used, turns, title."""
-    import dataclasses
     import time
 
     from koala_local.chat.history import History
@@ -274,7 +272,7 @@ def list_sessions(as_json: bool = False) -> None:
         found = history.sessions()
     for session in found:
         if as_json:
-            console.json_line(dataclasses.asdict(session))
+            console.json_line(session._asdict())
         else:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.updated))
             console.out(f"{session.id}  {when}  {session.turns:>4} turns  {session.title}")

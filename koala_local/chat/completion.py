@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -14,7 +13,6 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 from koala_local.chat.front import Front
 from koala_local.dialogue import FORMATS
-from koala_local.engine.sampling import Sampling
 from koala_local.engine.text_stream import one_line
 from koala_local.errors import KoalaError
 from koala_local.models.store import known
@@ -63,7 +61,7 @@ class SlashCompleter(Completer):
                 yield from _match(argument, self._branches())
             case "set":
                 current = self._front.conversation.sampling
-                settings = [(f"{field.name} ", f"{getattr(current, field.name):g}") for field in fields(Sampling)]
+                settings = [(f"{name} ", f"{value:g}") for name, value in current._asdict().items()]
                 yield from _match(argument, settings)
             case "help":
                 from koala_local.chat.commands import COMMANDS

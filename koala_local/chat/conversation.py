@@ -10,7 +10,6 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from koala_local.chat.history import History
 from koala_local.chat.kv_files import CacheMiss, KvFiles
@@ -195,10 +194,10 @@ class Conversation:
         if node.name:
             self.history.name_node(saved.id, node.name)
         del self.nodes[node.id]
-        self.nodes[saved.id] = replace(saved, name=node.name)
+        self.nodes[saved.id] = saved._replace(name=node.name)
         for number, child in self.nodes.items():
             if child.parent == node.id:
-                self.nodes[number] = replace(child, parent=saved.id)
+                self.nodes[number] = child._replace(parent=saved.id)
         if self.head == node.id:
             self.head = saved.id
 
@@ -225,7 +224,7 @@ class Conversation:
         if name:
             if any(node.name == name for node in self.nodes.values()):
                 raise KoalaError(f"there is a branch called {name} already", "choose another name")
-            self.nodes[last.id] = replace(last, name=name)
+            self.nodes[last.id] = last._replace(name=name)
             if last.id >= 0:
                 self._try_save(lambda: self.history.name_node(last.id, name))
         self._move(target.id if target else None)
@@ -271,7 +270,7 @@ class Conversation:
             self._tell_anew("the system text changed")
         self.system = system
         for number, node in self.nodes.items():
-            self.nodes[number] = replace(node, dropped=0)
+            self.nodes[number] = node._replace(dropped=0)
         self._update(system=system)
 
     def _tell_anew(self, reason: object) -> None:
@@ -289,7 +288,7 @@ class Conversation:
         if self.session is None:
             raise KoalaError("there is nothing to rename yet", "say something first")
         self._update(title=title)
-        self.session = replace(self.session, title=title)
+        self.session = self.session._replace(title=title)
 
     def resume(self, session_id: str) -> None:
         """Go on with a saved session. Says why when old turns must be evaluated again. Raises SessionError."""
@@ -317,7 +316,7 @@ class Conversation:
             self._saved_ids = list(self.ledger.cache.ids)
             self._tell_cold()
         except CacheMiss as miss:
-            self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
+            self.nodes = {number: node._replace(dropped=0) for number, node in self.nodes.items()}
             self._tell_anew(miss)
 
     def _tell_cold(self) -> None:
@@ -357,7 +356,7 @@ class Conversation:
         """Text is the truth: under another vocabulary or format its ids are made anew."""
         self._saved_ids = []
         if self.key != old_key:
-            self.nodes = {number: replace(node, dropped=0) for number, node in self.nodes.items()}
+            self.nodes = {number: node._replace(dropped=0) for number, node in self.nodes.items()}
         self._update(model=self.model, format=self.ledger.format.name)
 
     def lost_turns(self) -> int:

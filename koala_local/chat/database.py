@@ -12,9 +12,9 @@ import os
 import sqlite3
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from koala_local.disk import PRIVATE, lock
 from koala_local.engine.text_stream import one_line
@@ -64,8 +64,7 @@ _STATEMENTS = [statement.strip() for statement in _SCHEMA.split(";\n") if statem
 _DAMAGED_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
-@dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A connection in autocommit mode. `path` is None when it is in memory; `warning` is empty or one line."""
 
     connection: sqlite3.Connection

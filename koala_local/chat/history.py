@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ class History:
         given = {"title": title, "system": system, "format": format, "model": model}
         texts: dict[str, Any] = {name: sound_text(text) for name, text in given.items() if text is not None}
         if session_id in self._unwritten:
-            self._unwritten[session_id] = replace(self._unwritten[session_id], **texts)
+            self._unwritten[session_id] = self._unwritten[session_id]._replace(**texts)
         elif texts:
             self._update(session_id, texts)
 
@@ -204,7 +203,7 @@ class History:
 
     def _ensure_written(self, connection: sqlite3.Connection, session_id: str) -> None:
         if session := self._unwritten.get(session_id):
-            values = tuple(sound_text(value) if isinstance(value, str) else value for value in astuple(session))
+            values = tuple(sound_text(value) if isinstance(value, str) else value for value in session)
             _insert(connection, "session", SESSION_COLUMNS, values)
         elif not connection.execute("SELECT 1 FROM session WHERE id = ?", (session_id,)).fetchone():
             raise _gone(session_id)

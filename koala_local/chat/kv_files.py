@@ -24,10 +24,9 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from koala_local.disk import PRIVATE, remove_leftovers, replacing, write_whole
 from koala_local.engine.base import Engine
@@ -45,16 +44,14 @@ class CacheMiss(Exception):
     """There is no saved KV cache that can be used; the text says why. The conversation must be evaluated again."""
 
 
-@dataclass(frozen=True)
-class SavedCache:
+class SavedCache(NamedTuple):
     """A checked file, and the tokens whose KV it holds."""
 
     ids: tuple[int, ...]
     path: Path
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(NamedTuple):
     format: int
     length: int  # of the file, in bytes
     sha256: str  # of the file
@@ -167,7 +164,7 @@ def _record(engine: Engine, ids: Sequence[int], length: int, sha256: str) -> _Re
 
 
 def _encode(record: _Record) -> bytes:
-    return _with_checksum(json.dumps(asdict(record), separators=(",", ":")).encode())
+    return _with_checksum(json.dumps(record._asdict(), separators=(",", ":")).encode())
 
 
 def _with_checksum(line: bytes) -> bytes:

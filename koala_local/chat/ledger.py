@@ -10,9 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from koala_local.dialogue import BOS, EOS, Control, Dialogue, PromptFormat, Reply, Segment, Text, Turn
 from koala_local.engine.base import Engine
@@ -33,24 +33,21 @@ _PROGRESS_STEP = 256  # tokens of prefill between two reports
 _PACE_S = 1 / 30  # text is handed on as often: a token of a small model takes a millisecond, and its text none of it
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
+class Exchange(NamedTuple):
     """A turn and the ids that its reply was sampled as; None where they belong to another vocabulary."""
 
     turn: Turn
     reply_ids: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """The ids of one segment of the prompt."""
 
     kind: Literal["control", "text", "reply"]
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
+class Stats(NamedTuple):
     """What a reply cost. prompt_tokens = reused_tokens + evaluated_tokens: everything before the reply."""
 
     prompt_tokens: int
@@ -64,8 +61,7 @@ class Stats:
     dropped_turns: int  # turns of this conversation that are no longer in the context
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A reply with the ids that stand for it."""
 
     text: str

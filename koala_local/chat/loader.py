@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from koala_local.chat.formats import pick_format
 from koala_local.chat.ledger import Ledger, Overflow
@@ -37,8 +36,7 @@ _NOTHING_LEFT = "close other programs, or take a smaller model: `koala pull REF 
 _RESEARCH_ONLY = "research only: Koala's weights follow LLaMA's non-commercial licence and its data's terms of use"
 
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
+class LoadOptions(NamedTuple):
     """What the command line says about loading; None and `auto` leave the choice to the program."""
 
     context: int | None = None
@@ -49,8 +47,7 @@ class LoadOptions:
     quiet: bool = False  # the memory plan is told only where it concedes something
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
+class LoadedModel(NamedTuple):
     """A model, what its header says, and the prompt format chosen for it, with the reason."""
 
     path: Path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from koala_local import console
@@ -116,7 +115,7 @@ class JsonFront:
                 pass
         self.last = answer = stream.answer()
         self._shown = None  # the reply is the answer to the command
-        console.json_line({"reply": answer.text, "finish": answer.finish, "stats": asdict(answer.stats)})
+        console.json_line({"reply": answer.text, "finish": answer.finish, "stats": answer.stats._asdict()})
 
     def show(self, content: object) -> None:
         if self._shown is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -51,7 +50,7 @@ def _last_tokens(pieces: Sequence[Piece], limit: int) -> tuple[list[Piece], int]
     for piece in reversed(pieces):
         if room <= 0:
             break
-        kept.append(replace(piece, ids=piece.ids[-room:]))
+        kept.append(piece._replace(ids=piece.ids[-room:]))
         room -= len(piece.ids)
     return kept[::-1], sum(len(piece.ids) for piece in pieces) - sum(len(piece.ids) for piece in kept)
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from koala_local.errors import SessionError
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """One finished turn. Its path to the root is the conversation that led to it."""
 
     id: int  # larger than its parent's
@@ -30,8 +28,7 @@ class Node:
     created: float
 
 
-@dataclass(frozen=True, slots=True)
-class Branch:
+class Branch(NamedTuple):
     """A line of the conversation: its last turn, and the number to switch to it by."""
 
     number: int
@@ -40,8 +37,7 @@ class Branch:
     current: bool
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(NamedTuple):
     """What all turns of a session share. `head` is the node that was talked at last; None is before the first turn."""
 
     id: str
@@ -55,8 +51,7 @@ class Session:
     updated: float
 
 
-@dataclass(frozen=True)
-class SessionSummary:
+class SessionSummary(NamedTuple):
     """A line of the list of sessions. The title is the one given, else the beginning of the first message."""
 
     id: str

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from koala_local.chat import clipboard, prompt_views, views
 from koala_local.chat.attach import attachment, name_of
 from koala_local.chat.export import export as write_file
@@ -116,7 +114,7 @@ def template(front: Front, reference: str) -> None:
         format, reason = front.model.choose_format(reference)
         format.segments(Dialogue((Turn("hello"),), front.conversation.system))  # one that fails is not adopted
         front.conversation.use_format(format)
-        front.model = replace(front.model, format=format, format_reason=reason)
-        front.options = replace(front.options, template=reference)
+        front.model = front.model._replace(format=format, format_reason=reason)
+        front.options = front.options._replace(template=reference)
     front.show(f"{plain(front.model.format.name)} ({plain(front.model.format_reason)})")
     front.show(prompt_views.prompt_view(front.conversation))

@@ -22,13 +22,13 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from select import select
-from typing import IO
+from typing import IO, NamedTuple
 
 from koala_local.dialogue import BOS, EOS, FORMATS, Control, Dialogue, Reply, Segment, Text, Turn
 from koala_local.engine.text_stream import one_line
@@ -186,8 +186,7 @@ class JinjaFormat:
         return [BOS, *joined] if self._add_bos and joined[:1] != [BOS] else joined
 
 
-@dataclass(frozen=True, slots=True)
-class _Message:
+class _Message(NamedTuple):
     """One message as templates know it; `turn` is set for a reply."""
 
     role: str
@@ -195,8 +194,7 @@ class _Message:
     turn: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Skeleton:
+class _Skeleton(NamedTuple):
     """A template's own words: `pieces[0]`, then the content numbered `order[0]`, then `pieces[1]`, .. `pieces[-1]`."""
 
     pieces: Sequence[str]

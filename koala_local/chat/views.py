@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -49,7 +48,7 @@ def model_table(model: LoadedModel) -> RenderableType:
 
 
 def sampling_table(sampling: Sampling) -> RenderableType:
-    return pairs((field.name, f"{getattr(sampling, field.name):g}") for field in fields(sampling))
+    return pairs((name, f"{value:g}") for name, value in sampling._asdict().items())
 
 
 _ENDED = {"stop": "ended by the model", "length": "cut at its longest", "interrupted": "stopped by you"}

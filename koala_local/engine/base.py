@@ -7,15 +7,13 @@ slots share `context_size` cells. Where `shares_cells` is true a copied prefix c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from koala_local.engine.sampling import Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
+class Vocabulary(NamedTuple):
     """The special tokens of a vocabulary, and a key that says whose ids are whose."""
 
     key: str  # SHA-256 over every token's text and type: ids mean the same only under the same key
@@ -24,8 +22,8 @@ class Vocabulary:
     eos: int | None
     add_bos: bool
     adds_space: bool  # SentencePiece's dummy prefix: every string is tokenized with a space before it
-    control: Mapping[str, int] = field(repr=False)  # control tokens by their text
-    user_defined: Mapping[str, int] = field(repr=False)  # matched in any text, even with special tokens unparsed
+    control: Mapping[str, int]  # control tokens by their text
+    user_defined: Mapping[str, int]  # matched in any text, even with special tokens unparsed
     unknown: int | None = None
     ends: frozenset[int] = frozenset()  # the tokens that end a reply
     longest: int = 1024  # bytes: no token stands for more text

@@ -15,12 +15,12 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cache
 from itertools import compress, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from koala_local.engine.base import Vocabulary
 from koala_local.engine.batch import Batch, tiled
@@ -55,8 +55,7 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
 _NO_LOG = ctypes.cast(ctypes.CDLL(None).abs, ll.llama_log_callback)  # no Python: the absolute value of the level
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where and how a model is loaded. `gpu_layers` None: all, fewer when memory does not allow."""
 
     context: int
@@ -104,17 +103,15 @@ class LlamaEngine:
         ll.llama_backend_init()
         self.name = path.stem
         self.kv_type = placement.kv_type
-        self.gpu_layers, self._model, self._context = _load(path, placement)
+        self.piece = cache(self._read_piece)
+        self.gpu_layers, self._model, self._context, self.vocabulary = _load(path, placement, self._read_vocabulary)
         self.placed = f"{self.gpu_layers} layers on the GPU" if self.gpu_layers else "all layers on the CPU"
         self._handles = [lambda: ll.llama_free(self._context), lambda: ll.llama_model_free(self._model)]
-        self._vocab = ll.llama_model_get_vocab(self._model)
         self._memory = ll.llama_get_memory(self._context)
         self.context_size = int(ll.llama_n_ctx(self._context))
         self.trained_context = int(ll.llama_model_n_ctx_train(self._model))
         self.can_shift = bool(ll.llama_memory_can_shift(self._memory))
         self.evaluated_tokens = 0
-        self.piece = cache(self._read_piece)
-        self.vocabulary = self._read_vocabulary()
         self.cache_key = (
             f"model={fingerprint} context={self.context_size} kv={self.kv_type} flash={_flash_attention(self.kv_type)}"
         )
@@ -129,8 +126,9 @@ class LlamaEngine:
         self._poll = ctypes.cast(ctypes.CDLL(None).strlen, ll.ggml_abort_callback)
         ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
 
-    def _read_vocabulary(self) -> Vocabulary:
-        vocab, tokens = self._vocab, range(int(ll.llama_vocab_n_tokens(self._vocab)))
+    def _read_vocabulary(self, model: Any) -> Vocabulary:
+        vocab = self._vocab = ll.llama_model_get_vocab(model)
+        tokens = range(int(ll.llama_vocab_n_tokens(vocab)))
         # of each token, in C's own loop: there are up to hundreds of thousands
         texts = list(map(ll.llama_vocab_get_text, repeat(vocab), tokens))
         attrs = list(map(ll.llama_vocab_get_attr, repeat(vocab), tokens))
@@ -282,8 +280,8 @@ class LlamaEngine:
         raise KoalaError("no model is loaded", "/model FILE loads one") if name in _HANDLES else AttributeError(name)
 
 
-def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
-    """Load with as many layers on the GPU as memory allows: (layers, model, context)."""
+def _load(path: Path, placement: Placement, read: Callable[[Any], Vocabulary]) -> tuple[int, Any, Any, Vocabulary]:
+    """Load with as many layers on the GPU as memory allows: layers, model, context, what `read` makes of the model."""
     choices = _layer_choices(placement)
     # What llama.cpp tells is heard only after a failure, in another try: of a model that loads it is thousands of
     # lines, each of which waits for Python's lock while other threads run Python.
@@ -291,7 +289,7 @@ def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
         _log_tail.clear()
         ll.llama_log_set(_keep_log if heard else _NO_LOG, None)
         try:
-            if (loaded := _try_to_load(path, placement, layers)) is not None:
+            if (loaded := _try_to_load(path, placement, layers, read)) is not None:
                 return loaded
         finally:
             ll.llama_log_set(_keep_log, None)
@@ -305,18 +303,22 @@ def _load(path: Path, placement: Placement) -> tuple[int, Any, Any]:
     raise ModelFileError(f"llama.cpp cannot load {path.name}: {reason}", "is it a text model that llama.cpp knows?")
 
 
-def _try_to_load(path: Path, placement: Placement, layers: int) -> tuple[int, Any, Any] | None:
+def _try_to_load(
+    path: Path, placement: Placement, layers: int, read: Callable[[Any], Vocabulary]
+) -> tuple[int, Any, Any, Vocabulary] | None:
     params = ll.llama_model_default_params()
     params.n_gpu_layers = layers
     with _stopped_by_ctrl_c(params):
         model = ll.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         return None
-    context = ll.llama_init_from_model(model, _context_params(placement))
+    with ThreadPoolExecutor(1) as beside:  # the KV cache is allocated meanwhile
+        reading = beside.submit(read, model)
+        context = ll.llama_init_from_model(model, _context_params(placement))
     if not context:
         ll.llama_model_free(model)
         return None
-    return min(layers, int(ll.llama_model_n_layer(model)) + 1), model, context
+    return min(layers, int(ll.llama_model_n_layer(model)) + 1), model, context, reading.result()
 
 
 @contextmanager

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from koala_local.errors import KoalaError
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(NamedTuple):
     """Settings of the sampler chain: penalties, top-k, top-p, min-p, temperature. Temperature 0 is greedy."""
 
     temperature: float = 0.7
@@ -38,14 +36,14 @@ def with_setting(sampling: Sampling, name: str, value: str | float) -> Sampling:
     key = name.replace("-", "_")
     if key not in _RANGES:
         raise KoalaError(f"there is no sampling setting called {name!r}", f"settings: {', '.join(_RANGES)}")
-    whole = {field.name for field in fields(Sampling) if field.type == "int"}
+    whole = isinstance(Sampling._field_defaults[key], int)
     low, high = _RANGES[key]
     try:
-        number = int(value) if key in whole else float(value)
+        number = int(value) if whole else float(value)
     except (ValueError, OverflowError):
         number = math.nan
     if not low <= number <= high:  # NaN fails every comparison
-        kind = "a whole number" if key in whole else "a number"
+        kind = "a whole number" if whole else "a number"
         raise KoalaError(f"{name} cannot be {value}", f"{name} is {kind} from {low:,.15g} to {high:,.15g}")
     changes: dict[str, Any] = {key: number}
-    return replace(sampling, **changes)
+    return sampling._replace(**changes)

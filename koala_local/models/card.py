@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 UNSTATED = "see-below"  # the licence's name in a card that states none
 _LARGEST = 1 << 20  # bytes
 _LONGEST = 200  # characters of a name or a licence
 
 
-@dataclass(frozen=True, slots=True)
-class Card:
+class Card(NamedTuple):
     """Empty where nothing is stated. Text of a file: not to be printed unfiltered."""
 
     name: str = ""

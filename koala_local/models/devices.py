@@ -11,8 +11,8 @@ import resource
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from koala_local.engine.text_stream import one_line
 
@@ -25,8 +25,7 @@ _REPACKED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A device of llama.cpp that layers can go to. Bytes; an integrated GPU and Apple's share them with the RAM."""
 
     name: str  # "CUDA0"
@@ -36,8 +35,7 @@ class Gpu:
     integrated: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
+class Machine(NamedTuple):
     """What a plan is made for. None: not known, then everything fits."""
 
     ram_available: int | None = None

@@ -24,7 +24,7 @@ def doctor(as_json: bool) -> int:
 
     report = examine()
     if as_json:
-        console.json_line(asdict(report))
+        console.json_line({**asdict(report), "gpus": [gpu._asdict() for gpu in report.gpus]})
     else:
         console.out(_page(report))
     return console.Exit.ERROR if any(finding.broken for finding in report.findings) else console.Exit.OK

@@ -12,10 +12,10 @@ import math
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from koala_local.errors import DAMAGED, ModelFileError
 from koala_local.models.file_kind import open_gguf
@@ -45,8 +45,7 @@ Scalar = str | int | float | bool
 Value = Scalar | tuple[Scalar, ...] | LongArray
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One entry of the tensor table. `shape` has the fastest dimension first; `offset` is the byte in the file."""
 
     name: str
@@ -56,13 +55,12 @@ class Tensor:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class GgufHeader:
+class GgufHeader(NamedTuple):
     """What a GGUF file says about itself. Text in it comes from the file: not to be printed unfiltered."""
 
     path: Path
-    metadata: Mapping[str, Value] = field(repr=False)
-    tensors: tuple[Tensor, ...] = field(repr=False)
+    metadata: Mapping[str, Value]
+    tensors: tuple[Tensor, ...]
     data_offset: int
     file_size: int
     fingerprint: str  # SHA-256 over the header, the file's size and evenly spaced samples of the data
@@ -267,7 +265,7 @@ def _data_offset(reader: _Reader, metadata: Mapping[str, Value]) -> int:
 
 def _placed(reader: _Reader, tensor: Tensor, data_offset: int) -> Tensor:
     """`tensor` with its offset counted from the start of the file, checked to lie inside it."""
-    placed = replace(tensor, offset=data_offset + tensor.offset)
+    placed = tensor._replace(offset=data_offset + tensor.offset)
     if placed.offset + placed.size > len(reader.data):
         end = f"ends at byte {placed.offset + placed.size}, the file at byte {len(reader.data)}"
         reader.fail(f"tensor {tensor.name!r} {end}", placed.offset)

@@ -10,7 +10,7 @@ the batch that `engine/llama.py` asks for; tests hold the two together, benchmar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from koala_local.models.devices import Gpu, Machine
 from koala_local.models.shape import Shape
@@ -30,8 +30,7 @@ _RAM_SHARE = 0.8  # the rest is the system's
 _WORTH_TRYING = 0.9  # after a load that failed, the next try takes at most this share
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
+class Parts(NamedTuple):
     """Bytes in RAM and on the GPU. `repacked`: the copies of weights that a CPU keeps in another order; the file's own
     pages of these stay mapped, but may be dropped."""
 
@@ -64,8 +63,7 @@ class Parts:
         return self.ram + self.repacked
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
+class Wish(NamedTuple):
     """What the user has set; None and "auto" leave it to the plan."""
 
     context: int | None = None
@@ -73,8 +71,7 @@ class Wish:
     gpu_layers: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     context: int
     kv_type: str
     gpu_layers: int
@@ -84,8 +81,7 @@ class Choice:
         return f"context {self.context}, KV cache {self.kv_type}{layers}"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What to load and how. `problem`: why even the smallest choice does not fit; "" where it does."""
 
     choice: Choice
@@ -200,7 +196,7 @@ def fit(shape: Shape, machine: Machine, wish: Wish) -> Plan:
     if found is not None:
         return found
     plan = min([plan for plan in plans if _fits_gpu(plan)] or plans[-1:], key=lambda plan: plan.parts.ram)
-    return replace(plan, problem=_problem(plan), hint=_hint(plan))
+    return plan._replace(problem=_problem(plan), hint=_hint(plan))
 
 
 def step_down(plan: Plan) -> Plan | None:
@@ -287,7 +283,7 @@ def _problem(plan: Plan) -> str:
 
 def _hint(plan: Plan) -> str:
     """The change by the user that would make it fit, computed."""
-    less = replace(plan.wish, context=None, kv_type="auto", gpu_layers=None)
+    less = plan.wish._replace(context=None, kv_type="auto", gpu_layers=None)
     if less != plan.wish and not (freed := fit(plan.shape, plan.machine, less)).problem:
         choice = freed.choice
         gpu = f" --gpu-layers {choice.gpu_layers}" if plan.machine.gpus else ""

@@ -6,8 +6,8 @@ owner/repo[:TYPE or FILE][@REVISION]     a model on the hub; an alias may stand 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9](?:[\w./-]*\w)?", re.ASCII)
@@ -17,8 +17,7 @@ _LONGEST = 255
 PREFIX = "models--"  # of a repository's folder in the cache
 
 
-@dataclass(frozen=True, slots=True)
-class HubReference:
+class HubReference(NamedTuple):
     """A model on the hub. `choice`: a type such as Q4_K_M, or a file; None leaves it open."""
 
     repository: str

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from koala_local.models.gguf_header import GgufHeader, Tensor, read_header
 
@@ -22,8 +23,7 @@ class Block:
     repackable: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """The numbers of a model that its memory depends on."""
 
     layers: tuple[Block, ...]

@@ -200,11 +200,11 @@ def as_json(about: About) -> dict[str, Any]:
         "bits_per_weight": round(about.bits_per_weight, 3),
         "plan": plan
         and {
-            **asdict(plan.choice),
+            **plan.choice._asdict(),
             "placeable_layers": plan.shape.placeable,
-            "bytes": {**asdict(plan.parts), "ram": plan.parts.ram, "gpu": plan.parts.gpu, "peak": plan.parts.peak},
+            "bytes": {**plan.parts._asdict(), "ram": plan.parts.ram, "gpu": plan.parts.gpu, "peak": plan.parts.peak},
             "ram_available": plan.machine.ram_available,
-            "gpus": [asdict(gpu) for gpu in plan.machine.gpus],
+            "gpus": [gpu._asdict() for gpu in plan.machine.gpus],
             "concessions": plan.concessions,
             "problem": plan.problem or None,
             "hint": plan.hint or None,

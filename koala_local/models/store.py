@@ -12,9 +12,8 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from koala_local.disk import write_whole
 from koala_local.errors import KoalaError, ModelFileError
@@ -29,8 +28,7 @@ BUNDLED = "nano"
 Origin = Literal["bundled", "cache", "local"]
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """A model that is here. `reference` means it in every command; `path` is what is opened."""
 
     reference: str
@@ -47,8 +45,7 @@ class Known:
         return self.size is not None and self.type not in UNQUANTIZED
 
 
-@dataclass(frozen=True, slots=True)
-class Details:
+class Details(NamedTuple):
     """What a model's own header adds. `problem`: why it cannot be read."""
 
     type: str
@@ -56,8 +53,7 @@ class Details:
     problem: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Note:
+class _Note(NamedTuple):
     path: str
     registered: bool = False
     used: float | None = None
@@ -67,7 +63,7 @@ def known() -> list[Known]:
     """All models: the bundled one, then the registered, then the cached ones; each part by name."""
     found = [_bundled(), *_registered(), *_cached()]
     used = {note.path: note.used for note in _notes()}
-    return [replace(model, used=used.get(str(model.path))) for model in found]
+    return [model._replace(used=used.get(str(model.path))) for model in found]
 
 
 def details(model: Known) -> Details:
@@ -88,7 +84,7 @@ def register(path: Path) -> list[Known]:
     read = [model.path.is_dir() or bool(all_tensors(read_header(model.path))) for model in found]
     if not any(read):
         raise ModelFileError(f"{str(path)!r} holds a vocabulary, no weights", "take a model's own file")
-    _write(replace(_note(path), registered=True))
+    _write(_note(path)._replace(registered=True))
     paths = [model.path for model in found]
     return [model for model in _registered() if model.path in paths]
 
@@ -116,7 +112,7 @@ def find_registered(name: str) -> Path | None:
 def mark_used(path: Path) -> None:
     """Note that the model is used now. Does nothing where that cannot be written: no chat hangs on it."""
     with suppress(OSError):
-        _write(replace(_note(path), used=time.time()))
+        _write(_note(path)._replace(used=time.time()))
 
 
 def forget(path: Path) -> None:
@@ -136,7 +132,7 @@ def _registered() -> list[Known]:
         found += _models_at(path) or [Known(_name(path), path, "local", None, "")]
     found = list({model.path: model for model in found}.values())  # a file may be registered with its folder, too
     names = Counter(model.reference for model in found) + Counter([BUNDLED, *catalog.ALIASES])
-    return [model if names[model.reference] == 1 else replace(model, reference=str(model.path)) for model in found]
+    return [model if names[model.reference] == 1 else model._replace(reference=str(model.path)) for model in found]
 
 
 def _models_at(path: Path) -> list[Known]:
@@ -163,7 +159,7 @@ def _cached() -> list[Known]:
                 if variant.type not in UNQUANTIZED or _is_readable(snapshot):
                     model = _cached_model(repository, snapshot, variant)
                     if model.reference in found:  # an older commit's
-                        model = replace(model, reference=f"{model.reference}@{snapshot.name}")
+                        model = model._replace(reference=f"{model.reference}@{snapshot.name}")
                     found[model.reference] = model
     return list(found.values())
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from koala_local.errors import ModelFileError
 from koala_local.models.quant_types import rank, type_in_name
@@ -27,8 +27,7 @@ _NO_MODEL = ("mmproj", "imatrix")  # GGUF files that are parts of something else
 _SHOWN = 12
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """A file of a repository. `oid`: its SHA-256, or git's SHA-1 of small ones; "" where it is not known."""
 
     name: str
@@ -36,8 +35,7 @@ class File:
     oid: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
+class Variant(NamedTuple):
     """Files that are one model: a GGUF, the parts of a split one, or those of a checkpoint's folder."""
 
     type: str  # "Q4_K_M", "GPTQ", "PYTORCH", ..; "" where the name says nothing

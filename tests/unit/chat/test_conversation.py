@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,7 +294,7 @@ def test_damaged_ids_are_made_anew_from_the_text(open_chat: Open) -> None:
     chat = open_chat()
     chat.send("one", quiet)
     (number,) = chat.nodes
-    chat.nodes[number] = replace(chat.nodes[number], reply_ids=(0x7FFFFFFF,))
+    chat.nodes[number] = chat.nodes[number]._replace(reply_ids=(0x7FFFFFFF,))
     assert chat.exchanges(chat.path())[0].reply_ids is None
     assert chat.send("two", quiet).stats.prompt_tokens > 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -59,7 +58,7 @@ def test_the_ids_are_those_of_the_fields(ledger: Ledger) -> None:
     first = tokenize("BEGINNING OF CONVERSATION: USER: the hat GPT:")
     expected = [1, *first, 70, 71, 2, *tokenize("USER: more GPT:")]
     assert ledger.ids("", path) == expected
-    assert ledger.ids("", [replace(path[0], reply_ids=None), path[1]]) == [
+    assert ledger.ids("", [path[0]._replace(reply_ids=None), path[1]]) == [
         1, *first, *tokenize("an hat"), 2, *tokenize("USER: more GPT:")
     ]  # fmt: skip
     with_system = tokenize("BEGINNING OF CONVERSATION: Be kind. USER: more GPT:")
@@ -140,7 +139,7 @@ def test_a_long_reply_goes_on_when_old_turns_leave(
     talk = Talk(ledger)
     for turn in range(4):
         talk.say(f"turn {turn}", Sampling(temperature=1.0, max_tokens=50), seed=turn)
-    monkeypatch.setattr(engine, "vocabulary", replace(engine.vocabulary, ends=frozenset()))  # it never ends by itself
+    monkeypatch.setattr(engine, "vocabulary", engine.vocabulary._replace(ends=frozenset()))  # it never ends by itself
     answer = talk.say("now at length", Sampling(temperature=1.0), seed=3)
     assert answer.finish == "length"
     assert talk.dropped == 4
@@ -257,7 +256,7 @@ def test_stopping_while_old_turns_are_read_again_does_not_read_them_after_all(en
             before.append(engine.evaluated_tokens)
             engine.interrupt()
 
-    endless = replace(engine.vocabulary, ends=frozenset())
+    endless = engine.vocabulary._replace(ends=frozenset())
     known, engine.vocabulary = engine.vocabulary, endless
     try:
         answer = ledger.reply("", path, 0, Sampling(temperature=1.0), 1, on_prefill=stop_in_the_overflow)

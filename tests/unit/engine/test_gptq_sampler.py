@@ -41,7 +41,7 @@ def test_each_stage_keeps_the_tokens_that_it_should(change: dict[str, Any], kept
 
 
 def vars_of(sampling: Sampling) -> dict[str, Any]:
-    return {name: getattr(sampling, name) for name in Sampling.__dataclass_fields__}
+    return sampling._asdict()
 
 
 def test_repetition_is_punished_for_the_last_tokens_only() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from koala_local.models import doctor
+from koala_local.models import doctor, doctor_command
 from koala_local.models.devices import Gpu
 from koala_local.models.doctor import Folder
 from tests.unit.models.test_devices import write
@@ -119,3 +121,10 @@ def test_a_llama_cpp_that_does_not_work_is_a_broken_installation(monkeypatch: py
 def test_the_bundled_model_is_measured() -> None:
     speed = doctor.measure(seconds=0.1)
     assert speed.prefill > speed.decode > 0 and speed.threads >= 1
+
+
+def test_json_names_what_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = doctor.Report({}, "", "", 1, (), (), (CARD,), (), None, None, {}, None, ())
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    printed = json.loads(CliRunner().invoke(doctor_command.doctor, ["--json"], standalone_mode=False).stdout)
+    assert printed["gpus"] == [CARD._asdict()]

@@ -4,7 +4,6 @@ import ctypes
 import os
 import re
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def test_the_parts_are_what_llama_cpp_reports(
     monkeypatch.setattr(llama, "plain_attention", lambda: plain)
     path = make_model(tmp_path / "model.gguf", embedding=wide, heads=4, layers=3, feed_forward=3 * wide, context=4096)
     header = read_header(path)
-    here = replace(this_machine(), plain_attention=plain)
+    here = this_machine()._replace(plain_attention=plain)
     parts = estimate(read_shape(header, header.tensors), here, Choice(context, kv_type, 0))
     reports = reported(path, context, kv_type)
     assert parts.kv / 2**20 == pytest.approx(reports.mebibytes("KV"), abs=0.01)
@@ -108,7 +107,7 @@ def test_reordered_weights_are_those_that_llama_cpp_reorders(tmp_path: Path, nam
 
 
 def test_without_flash_attention_the_scores_of_all_heads_grow_with_the_context() -> None:
-    here = replace(machine(), plain_attention=True)
+    here = machine()._replace(plain_attention=True)
     short, long = (estimate(KOALA, here, Choice(context, "f16", 0)) for context in (2048, 4096))
     added = 256 * 2048  # tokens at once, more cells
     assert long.compute - short.compute == 40 * added * 4 + added * 4  # and the mask
@@ -125,7 +124,7 @@ def test_a_large_card_takes_all_of_it_unchanged() -> None:
 
 
 def test_concessions_come_in_their_order() -> None:
-    longer = replace(KOALA, trained_context=4096)
+    longer = KOALA._replace(trained_context=4096)
     sizes = [step / 10 for step in range(240, 10, -2)]
     plans = [fit(longer, machine(gpu=size), Wish()) for size in sizes]
     choices = [plan.choice for plan in plans]
@@ -185,7 +184,7 @@ def test_unknown_memory_is_no_problem() -> None:
 
 
 def test_heads_that_have_no_whole_blocks_keep_f16() -> None:
-    assert fit(replace(KOALA, head_size=80), machine(gpu=8), Wish()).choice.kv_type == "f16"
+    assert fit(KOALA._replace(head_size=80), machine(gpu=8), Wish()).choice.kv_type == "f16"
 
 
 def test_stepping_down_ends_and_takes_less_each_time() -> None:
@@ -244,7 +243,7 @@ def test_the_parts_of_a_split_model_count_together(tmp_path: Path) -> None:
     first = read_header(make_model(tmp_path / "m-00001-of-00002.gguf"))
     second = read_header(make_model(tmp_path / "m-00002-of-00002.gguf", layers=1))
     assert all_tensors(first) == first.tensors  # its header does not say that it is split
-    split = replace(first, metadata={**first.metadata, "split.count": 2})
+    split = first._replace(metadata={**first.metadata, "split.count": 2})
     assert all_tensors(split) == first.tensors + second.tensors
     second.path.unlink()
     with pytest.raises(ModelFileError, match="does not exist"):

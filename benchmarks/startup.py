@@ -10,8 +10,10 @@ start, which may have to compile them, is not counted.
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
+import termios
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +24,7 @@ from benchmarks.models import CONTEXT, Model
 from benchmarks.peers import BareLoop
 from benchmarks.table import Row
 
-_PROMPT = "\x1b[?2004h"  # bracketed paste: the line editor turns it on with the first drawing of the prompt
+_PROMPT = b"\x1b[?2004h"  # bracketed paste: the line editor turns it on with the first drawing of the prompt
 _TIMEOUT_S = 60
 
 
@@ -46,8 +48,8 @@ def run_help(quick: bool) -> list[Row]:
 def run(model: Model, quick: bool) -> list[Row]:
     """The row for the prompt with one model."""
     name, command = f"start to prompt, {model.name}", _command()
-    if command is None or find_spec("pexpect") is None:
-        return [Row(name, None, note="skipped: there is no koala command or no pexpect")]
+    if command is None:
+        return [Row(name, None, note="skipped: there is no koala command")]
     repeats = 3 if quick else 8
     loads, starts = [], []
     for _ in range(repeats):
@@ -82,16 +84,31 @@ def _load_seconds(model: Model) -> float:
 
 
 def _prompt_seconds(command: list[str]) -> float | None:
-    """Seconds until the prompt is drawn in a terminal of 80 columns; None when it ends before."""
-    import pexpect  # of the test extra
-
+    """Seconds until the prompt is drawn in a terminal of 80 columns; None when it ends before. Without a fork of this
+    process, which takes as long as it is large."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        leader, follower = os.openpty()
+        termios.tcsetwinsize(follower, (24, 80))
         environment = _environment(KOALA_HOME=home, TERM="xterm-256color")
-        started = time.perf_counter()
-        child = pexpect.spawn(command[0], command[1:], env=environment, dimensions=(24, 80), timeout=_TIMEOUT_S)
-        found = child.expect_exact([_PROMPT, pexpect.EOF, pexpect.TIMEOUT])
-        seconds = time.perf_counter() - started
-        child.sendcontrol("d")
-        child.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=5)
-        child.close(force=True)
-    return seconds if found == 0 else None
+        started, seen, seconds = time.perf_counter(), b"", None
+        with subprocess.Popen(
+            command, env=environment, start_new_session=True, stdin=follower, stdout=follower, stderr=follower
+        ) as process:
+            os.close(follower)
+            while seconds is None and (more := _read(leader)):
+                seen += more
+                seconds = time.perf_counter() - started if _PROMPT in seen else None
+            os.write(leader, b"\x04")
+            while _read(leader):  # until it is gone
+                pass
+            process.kill()
+        os.close(leader)
+    return seconds
+
+
+def _read(terminal: int) -> bytes:
+    """What comes next; nothing when the program is gone, or silent for long."""
+    try:
+        return os.read(terminal, 1 << 16) if select.select([terminal], [], [], _TIMEOUT_S)[0] else b""
+    except OSError:  # Linux, where nobody has the terminal open any more
+        return b""

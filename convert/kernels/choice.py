@@ -1,9 +1,9 @@
 """Which function packs a tensor: this project's kernel, on a GPU or on the processor, or ggml's own.
 
 The kernels (blocks.py) give ggml's bytes many times faster. That is compared with the installed library before a
-kernel is used, as a ggml that was built with fused multiplication has other bytes. Without numba, on a difference or on
-any failure ggml's function does the work, as it does for single super-blocks that a kernel leaves to it. Compiled
-kernels are kept in the user's cache folder.
+kernel is used, as a ggml that was built with fused multiplication has other bytes. Without triton or numba, on a
+difference or on any failure ggml's function does the work, as it does for single super-blocks that a kernel leaves to
+it. What numba compiles is kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def kernel(type_: str, weighted: bool) -> Kernel:
     torch sees, else on the processor."""
     reason = ""
     for place, make in (("GPU", _on_gpu), ("processor", _on_processor)):
-        if place == "GPU" and not torch.cuda.is_available():
+        if place == "GPU" and (type_ == "Q8_0" or not torch.cuda.is_available()):  # Q8_0 has no search: copying is all
             continue
         try:
             run, what = make(type_, weighted)
@@ -75,13 +75,21 @@ def kernel(type_: str, weighted: bool) -> Kernel:
         if not difference:
             return Kernel(pack, f"own kernel {what}, compared with ggml's function{reason}")
         reason = f"; not on the {place}: {difference}"
-    return Kernel(ggml.pack, f"ggml's function: {difference}")
+    return Kernel(ggml.pack, f"ggml's function{reason}")
 
 
 def _on_gpu(type_: str, weighted: bool) -> tuple[Run, str]:
     from . import cuda
 
-    return cuda.compiled(type_, "cuda"), f"on the {torch.cuda.get_device_name()}"
+    compiled = cuda.compiled(type_, "cuda")
+
+    def run(blocks: NDArray[np.float32], importance: NDArray[np.float32] | None) -> Any:
+        try:
+            return compiled(blocks, importance)
+        except torch.OutOfMemoryError:  # other programs use the card, too: ggml's function does this part
+            return np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8), np.ones(len(blocks), np.bool_)
+
+    return run, f"on the {torch.cuda.get_device_name()}"
 
 
 def _on_processor(type_: str, weighted: bool) -> tuple[Run, str]:

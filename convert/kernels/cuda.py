@@ -1,8 +1,10 @@
 """The kernels on a GPU: the same text as on the processor, translated for Triton.
 
-blocks.py and search.py are written for numba, which takes more of Python than Triton does: reading and writing a `Row`
-by index, `/`, and assigning one value to several names become calls, which threads.py defines. Nothing else changes, so
-that there is one text of each kernel, with one order of operations.
+blocks.py and search.py are written for numba, which takes more of Python than Triton does. Here a `Row` is read,
+written and moved on by calls, which threads.py defines, and so is a number divided; a chain of assignments becomes
+several; a program has one group of super-blocks, so the loop over groups goes; annotations go, constants are wrapped.
+Rows are known by their names: `s.<anything>`, `_ROWS` and `_BASES`. So there is one text of each kernel, with one order
+of operations. In Triton's interpreter, for tests, functions and constants stay Python's, and the device is "cpu".
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -12,7 +14,6 @@ from __future__ import annotations
 import ast
 import linecache
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,7 @@ class _Translation(ast.NodeTransformer):
         value, statements = self.visit(node.value), list[ast.stmt]()
         for target in node.targets:
             parts = target.elts if isinstance(target, ast.Tuple) else [target]
+            assert len(parts) == 1 or len(node.targets) == 1, ast.unparse(node)
             names = [ast.Name(f"_{i}") if isinstance(part, ast.Subscript) else part for i, part in enumerate(parts)]
             statements.append(ast.Assign([ast.Tuple(names) if len(names) > 1 else names[0]], value))
             for name, part in zip(names, parts, strict=True):
@@ -119,16 +121,13 @@ def compiled(type_: str, device: str) -> Callable[[NDArray[np.float32], NDArray[
     kernel, words = triton.jit(module.KERNELS[type_]), ggml.row_size(type_, ggml.WEIGHTS) // 2
 
     def run(blocks: NDArray[np.float32], importance: NDArray[np.float32] | None) -> Any:
-        with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():  # threads run side by side
-            return launch(blocks, importance)
-
-    def launch(blocks: NDArray[np.float32], importance: NDArray[np.float32] | None) -> Any:
         count = -(-len(blocks) // lanes) * lanes  # whole groups: the last super-block several times
         x = torch.from_numpy(np.require(blocks, requirements="W")).to(device)
-        x = torch.cat([x, x[-1:].expand(count - len(x), -1)])
+        if count > len(x):
+            x = torch.cat([x, x[-1:].expand(count - len(x), -1)])
         weights = None
         if importance is not None:
-            columns = torch.from_numpy(importance).to(device).view(-1, x.shape[1])
+            columns = torch.from_numpy(np.require(importance, requirements="W")).to(device).view(-1, x.shape[1])
             weights = columns[torch.arange(count, device=device) % len(columns)]
         packed = torch.empty((count, words), dtype=torch.int16, device=device)
         irregular = torch.empty(count, dtype=torch.int8, device=device)

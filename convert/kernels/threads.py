@@ -17,7 +17,7 @@ import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # by Python and numpy, for which a step takes as long for many
 LANES = tl.constexpr(1024 if INTERPRETED else 32)
-SIDE = tl.constexpr(2**12)  # threads of a launch, at most: what the converter packs at a time
+SIDE = tl.constexpr(2048 if INTERPRETED else 4096)  # threads of a launch; what is more goes in several
 if TYPE_CHECKING:
     Floats = Any
     Ints = Any
@@ -138,7 +138,7 @@ def fetch(source: Number, first: Number, weights: Number, target: Row) -> None:
         put(target, i, tl.load(source + (first + tl.arange(0, LANES)) * weights + i))
 
 
-fetch_again = fetch  # what repeats has been repeated
+fetch_again = fetch  # of importances, which lie there for every super-block
 
 
 @inlined

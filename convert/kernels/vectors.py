@@ -227,7 +227,7 @@ def groups(irregular: Any) -> Any:
 
 @inlined
 def whole(first: int, irregular: Any) -> Any:
-    """The same, or for the last group one that has `LANES` behind it."""
+    """`first`, moved back where fewer than `LANES` super-blocks are left."""
     return min(first, irregular.size - LANES)
 
 
@@ -243,13 +243,13 @@ def fetch(source: Any, first: int, weights: int, target: Row) -> None:
 
 @inlined
 def fetch_again(source: Any, first: int, weights: int, target: Row) -> None:
-    """The same of numbers that repeat; `source` goes on for a group behind the period."""
+    """`fetch` from numbers that repeat with the tensor's columns; `source` goes on for a group behind them."""
     fetch(source, first % (source.size // weights - LANES), weights, target)
 
 
 @inlined
 def deliver(scratch: Any, flags: int, words: int, size: int, first: int, packed: Any, irregular: Any) -> None:
-    """Of each lane `size` numbers of 16 bits, from that place on, and whether the vector of flags is not 0 there."""
+    """Write each lane's super-block, the low 16 bits of `size` numbers from vector `words` on, and its flag."""
     marks, numbers = scratch[flags * LANES :], scratch[words * LANES :].view(np.int32)
     for lane in range(LANES):
         block = whole(first, irregular) + lane

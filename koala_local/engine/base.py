@@ -28,6 +28,9 @@ class Vocabulary(NamedTuple):
     ends: frozenset[int] = frozenset()  # the tokens that end a reply
     longest: int = 1024  # bytes: no token stands for more text
 
+    def __repr__(self) -> str:
+        return f"Vocabulary({self.size} tokens, {self.key})"
+
 
 class Sampler(Protocol):
     """A seeded chain of samplers that has seen the tokens before the reply."""

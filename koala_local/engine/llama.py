@@ -15,7 +15,7 @@ import threading
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import compress, repeat
@@ -103,7 +103,7 @@ class LlamaEngine:
         ll.llama_backend_init()
         self.name = path.stem
         self.kv_type = placement.kv_type
-        self.piece = cache(self._read_piece)
+        self.piece = cache(self._read_piece)  # reading the vocabulary asks for one
         self.gpu_layers, self._model, self._context, self.vocabulary = _load(path, placement, self._read_vocabulary)
         self.placed = f"{self.gpu_layers} layers on the GPU" if self.gpu_layers else "all layers on the CPU"
         self._handles = [lambda: ll.llama_free(self._context), lambda: ll.llama_model_free(self._model)]
@@ -127,6 +127,7 @@ class LlamaEngine:
         ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
 
     def _read_vocabulary(self, model: Any) -> Vocabulary:
+        """It leaves `_vocab`, for `tokenize` and `piece`."""
         vocab = self._vocab = ll.llama_model_get_vocab(model)
         tokens = range(int(ll.llama_vocab_n_tokens(vocab)))
         # of each token, in C's own loop: there are up to hundreds of thousands
@@ -312,13 +313,21 @@ def _try_to_load(
         model = ll.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         return None
-    with ThreadPoolExecutor(1) as beside:  # the KV cache is allocated meanwhile
-        reading = beside.submit(read, model)
-        context = ll.llama_init_from_model(model, _context_params(placement))
+    context = None
+    try:
+        with ThreadPoolExecutor(1) as beside:  # the KV cache is allocated meanwhile
+            reading = beside.submit(read, model)
+            context = ll.llama_init_from_model(model, _context_params(placement))
+        vocabulary = reading.result()
+    except BaseException:
+        wait([reading])
+        ll.llama_free(context)
+        ll.llama_model_free(model)
+        raise
     if not context:
         ll.llama_model_free(model)
         return None
-    return min(layers, int(ll.llama_model_n_layer(model)) + 1), model, context, reading.result()
+    return min(layers, int(ll.llama_model_n_layer(model)) + 1), model, context, vocabulary
 
 
 @contextmanager

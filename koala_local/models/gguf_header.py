@@ -65,6 +65,9 @@ class GgufHeader(NamedTuple):
     file_size: int
     fingerprint: str  # SHA-256 over the header, the file's size and evenly spaced samples of the data
 
+    def __repr__(self) -> str:
+        return f"GgufHeader({str(self.path)!r})"
+
     @property
     def architecture(self) -> str:
         return self._text("general.architecture") or ""

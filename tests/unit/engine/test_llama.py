@@ -14,11 +14,11 @@ from unittest.mock import patch
 import pytest
 from llama_cpp import llama_cpp as ll
 
-from koala_local.engine import llama
+from koala_local.engine import bindings, llama
 from koala_local.engine.batch import TILE, tiled
 from koala_local.engine.llama import LlamaEngine, Placement
 from koala_local.engine.sampling import Sampling
-from koala_local.errors import Interrupted, ModelFileError
+from koala_local.errors import Interrupted, KoalaError, ModelFileError
 from tests.engines import tiny_engine
 from tests.gguf_maker import make_model
 
@@ -212,3 +212,24 @@ def test_a_load_that_fails_says_why(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.architectura"))
     with pytest.raises(ModelFileError, match=r"cannot load tiny.gguf: .*architecture"):
         LlamaEngine(path, "test", Placement(512))
+
+
+def test_a_vocabulary_that_cannot_be_read_leaves_no_model_behind(tmp_path: Path) -> None:
+    with (
+        patch.object(LlamaEngine, "_read_vocabulary", side_effect=KoalaError("odd")),
+        patch.object(bindings.ll, "llama_free", wraps=bindings.ll.llama_free) as free,
+        patch.object(bindings.ll, "llama_model_free", wraps=bindings.ll.llama_model_free) as free_model,
+        pytest.raises(KoalaError, match="odd"),
+    ):
+        tiny_engine(tmp_path)
+    assert free.call_count == free_model.call_count == 1
+
+
+def test_without_a_context_the_model_is_freed_behind_the_reading(tmp_path: Path) -> None:
+    with (
+        patch.object(bindings.ll, "llama_init_from_model", return_value=None),
+        patch.object(bindings.ll, "llama_model_free", wraps=bindings.ll.llama_model_free) as free_model,
+        pytest.raises(ModelFileError),
+    ):
+        tiny_engine(tmp_path)
+    assert free_model.call_count == 2  # once more to hear the reason

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from koala_local.convert.kernels import choice, ggml
 
 from tests.unit.convert.kernels.test_kernels import CLASSES, PER_MODE, importances
@@ -20,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 GPU = "cuda", 86, 32  # of Nvidia, compute capability 8.6, threads of a warp
 # Each search in one of its uses; a step of the interpreter takes long.
-INTERPRETED = ("Q4_K", True), ("Q3_K", False), ("Q6_K", False), ("Q8_0", False)
+INTERPRETED = ("Q4_K", True), ("IQ4_XS", False), ("Q3_K", False), ("Q6_K", False), ("Q8_0", False)
 
 
 def weights_of_many_sorts() -> Any:
@@ -38,11 +39,12 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the interpreter makes of the weights, by type and mode: packed bytes, and which are left to ggml."""
     folder = tmp_path_factory.mktemp("interpreted")
     np.save(folder / "weights.npy", weights_of_many_sorts())
+    np.save(folder / "more.npy", np.resize(weights_of_many_sorts(), (3100, 256)))  # several launches, the last not full
     np.save(folder / "importance.npy", importances(512))
 
     def run(mode: tuple[str, bool]) -> Any:
         importance, output = folder / "importance.npy" if mode[1] else "-", folder / f"{mode}.npz"
-        arguments = mode[0], folder / "weights.npy", importance, output
+        arguments = mode[0], folder / ("more.npy" if mode[0] == "Q8_0" else "weights.npy"), importance, output
         command = [sys.executable, "-m", "tests.unit.convert.kernels.interpreted", *map(str, arguments)]
         subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=280)
         return np.load(output)
@@ -53,10 +55,11 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize(("type_", "weighted"), INTERPRETED)
 def test_what_triton_computes_has_ggmls_bytes(type_: str, weighted: bool, interpreted: Any) -> None:
-    blocks, found = weights_of_many_sorts(), interpreted[type_, weighted]
+    found = interpreted[type_, weighted]
+    blocks = np.resize(weights_of_many_sorts(), (len(found["packed"]), 256))
     expected = ggml.pack(blocks.reshape(-1, 512), type_, importances(512) if weighted else None)
     own = ~found["irregular"]
-    assert own[-400:].all() and own.sum() > 500
+    assert own[624:1024].all() and own.sum() > 500
     assert (found["packed"][own] == expected.reshape(len(blocks), -1)[own]).all()
 
 
@@ -81,3 +84,15 @@ def test_the_compiled_kernel_neither_fuses_nor_approximates(
     assert instructions <= {f"{name}.rn.f32" for name in ("add", "sub", "mul", "div", "sqrt")}
     assert "div.rn.f32" in instructions
     assert ".ftz" not in compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@PER_MODE
+def test_a_card_gives_ggmls_bytes(type_: str, weighted: bool) -> None:
+    found, importance = choice.kernel(type_, weighted), importances(768) if weighted else None
+    assert type_ == "Q8_0" or found.note.startswith("own kernel on the "), found.note
+    blocks = np.resize(weights_of_many_sorts(), (9000, 768))
+    expected = ggml.pack(blocks, type_, importance)
+    with ThreadPoolExecutor(4) as pool:
+        for packed in pool.map(lambda _: found.pack(blocks, type_, importance), range(8)):
+            assert (packed == expected).all()

@@ -21,6 +21,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
+from koala_local.convert import kernels
 from koala_local.convert.gguf.kquants import quantize_rows
 from koala_local.convert.gguf.write import write_gguf
 from koala_local.convert.kernels import choice, ggml
@@ -51,6 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def one_home(koala_home: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KOALA_HOME", str(home))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # test_cuda.py is for those
 
 
 @pytest.fixture
@@ -292,9 +294,23 @@ def test_without_numba_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh
 def test_without_a_working_gpu_the_processor_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: 1 / 0)
+    monkeypatch.setitem(sys.modules, "triton", None)
     note = choice.kernel("Q6_K", False).note
-    assert note.startswith("own kernel with ") and note.endswith("; not on the GPU: no kernel: division by zero")
+    assert note.startswith("own kernel with ") and note.endswith("; not on the GPU: triton is not installed")
+    assert "GPU" not in choice.kernel("Q8_0", False).note  # it has no search
+
+
+def test_what_the_card_has_no_memory_for_is_ggmls(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
+    monkeypatch.setitem(sys.modules, "koala_local.convert.kernels.cuda", SimpleNamespace(compiled=lambda *_: full))
+    monkeypatch.setattr(kernels, "cuda", SimpleNamespace(compiled=lambda *_: full), raising=False)
+    found, rows = choice.kernel("Q6_K", True), choice.sample(16, COLUMNS)
+    assert found.note.startswith("own kernel on the Card")
+    assert (found.pack(rows, "Q6_K", importances()) == ggml.pack(rows, "Q6_K", importances())).all()
 
 
 def test_where_bytes_differ_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:

@@ -90,13 +90,15 @@ def differing(rows: Array, type_: str, importance: Array | None) -> int:
 
 @PER_MODE
 def test_gaussian_weights_have_ggmls_bytes(type_: str, weighted: bool) -> None:
-    random = np.random.default_rng(3)
-    importance = importances() if weighted else None
-    rows, left = 512, GAUSSIANS
-    while left > 0:
-        weights = random.standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)
-        assert differing(weights, type_, importance) == 0
-        left -= weights.size
+    rows, importance = 512, importances() if weighted else None
+    own(type_, weighted)  # compiled before threads ask for it
+
+    def differing_of(seed: int) -> int:
+        weights = np.random.default_rng(seed).standard_normal((rows, COLUMNS), np.float32) * np.float32(0.02)
+        return differing(weights, type_, importance)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert sum(pool.map(differing_of, range(-(-GAUSSIANS // (rows * COLUMNS))))) == 0
 
 
 def one_in(share: float, shape: tuple[int, int], random: np.random.Generator) -> Array:
@@ -295,6 +297,9 @@ def test_without_a_working_gpu_the_processor_does_the_work(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
     monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("cuda", "threads"):  # imported by another test
+        monkeypatch.delitem(sys.modules, f"{kernels.__name__}.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
     note = choice.kernel("Q6_K", False).note
     assert note.startswith("own kernel with ") and note.endswith("; not on the GPU: triton is not installed")
     assert "GPU" not in choice.kernel("Q8_0", False).note  # it has no search

@@ -73,7 +73,7 @@ def kernel(type_: str, weighted: bool) -> Kernel:
         except Exception as error:  # inner parts of others are used, which other versions may lack: all goes without
             difference = f"no kernel: {error}".splitlines()[0][:200]
         if not difference:
-            return Kernel(pack, f"own kernel {what}, compared with ggml's function{reason}")
+            return Kernel(_or_ggml(pack), f"own kernel {what}, compared with ggml's function{reason}")
         reason = f"; not on the {place}: {difference}"
     return Kernel(ggml.pack, f"ggml's function{reason}")
 
@@ -81,15 +81,7 @@ def kernel(type_: str, weighted: bool) -> Kernel:
 def _on_gpu(type_: str, weighted: bool) -> tuple[Run, str]:
     from . import cuda
 
-    compiled = cuda.compiled(type_, "cuda")
-
-    def run(blocks: NDArray[np.float32], importance: NDArray[np.float32] | None) -> Any:
-        try:
-            return compiled(blocks, importance)
-        except torch.OutOfMemoryError:  # other programs use the card, too: ggml's function does this part
-            return np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8), np.ones(len(blocks), np.bool_)
-
-    return run, f"on the {torch.cuda.get_device_name()}"
+    return cuda.compiled(type_, "cuda"), f"on the {torch.cuda.get_device_name()}"
 
 
 def _on_processor(type_: str, weighted: bool) -> tuple[Run, str]:
@@ -187,3 +179,15 @@ def _packer(run: Run) -> Pack:
         return packed.reshape(-1)
 
     return pack
+
+
+def _or_ggml(pack: Pack) -> Pack:
+    """`pack`, or ggml's function where a card has no memory left: other programs use it, too."""
+
+    def either(rows: NDArray[np.float32], type_: str, importance: NDArray[np.float32] | None) -> NDArray[np.uint8]:
+        try:
+            return pack(rows, type_, importance)
+        except torch.OutOfMemoryError:
+            return ggml.pack(rows, type_, importance)
+
+    return either

@@ -306,16 +306,24 @@ def test_without_a_working_gpu_the_processor_does_the_work(monkeypatch: pytest.M
 
 
 def test_what_the_card_has_no_memory_for_is_ggmls(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
-    def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError
+    room = [True]  # for the sample alone
+
+    def card(blocks: Array, importance: Array) -> Any:
+        if not room:
+            raise torch.OutOfMemoryError
+        room.clear()
+        rows = blocks.reshape(-1, importance.size)
+        return ggml.pack(rows, "Q6_K", importance).reshape(len(blocks), -1), np.zeros(len(blocks), np.bool_)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card")
-    monkeypatch.setitem(sys.modules, "koala_local.convert.kernels.cuda", SimpleNamespace(compiled=lambda *_: full))
-    monkeypatch.setattr(kernels, "cuda", SimpleNamespace(compiled=lambda *_: full), raising=False)
+    monkeypatch.setitem(sys.modules, "koala_local.convert.kernels.cuda", SimpleNamespace(compiled=lambda *_: card))
+    monkeypatch.setattr(kernels, "cuda", SimpleNamespace(compiled=lambda *_: card), raising=False)
     found, rows = choice.kernel("Q6_K", True), choice.sample(16, COLUMNS)
     assert found.note.startswith("own kernel on the Card")
     assert (found.pack(rows, "Q6_K", importances()) == ggml.pack(rows, "Q6_K", importances())).all()
+    choice.kernel.cache_clear()
+    assert "with" in (note := choice.kernel("Q6_K", True).note) and "; not on the GPU: no kernel:" in note
 
 
 def test_where_bytes_differ_ggml_does_the_work(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:

@@ -4,3 +4,5 @@ choice.py      which function packs a tensor: a kernel, or ggml.py, the installe
 blocks.py      the kernels, one for each type: search.py finds scales, with the vectors of vectors.py
 cuda.py        the same text translated for a GPU, with threads.py in the place of vectors.py
 """
+
+REGISTERS = 2  # of the processor to a vector: while the additions of one wait for each other, those of the other run

@@ -9,11 +9,14 @@ it. What numba compiles is kept in the user's cache folder.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -32,6 +35,7 @@ Run = Callable[[NDArray[np.float32], "NDArray[np.float32] | None"], tuple[NDArra
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q8_0")
 WORTHWHILE = 2**25  # weights of a type; compiling takes longer than ggml does for fewer
+_NARROW = {("Q3_K", False)}  # with vectors of one register: fewer lanes wait while the level of one moves
 _LEAST = 32  # super-blocks: what fills the lanes of every kernel
 _SAMPLE = (16, 4096)
 
@@ -85,44 +89,46 @@ def _on_gpu(type_: str, weighted: bool) -> tuple[Run, str]:
 
 
 def _on_processor(type_: str, weighted: bool) -> tuple[Run, str]:
-    from .blocks import SCRATCH
-    from .vectors import LANES
-
-    compiled = _compiled(type_, weighted)
+    source = _source(type_, weighted)
+    compiled, lanes = _compiled(type_, weighted), source.vectors.LANES
 
     def run(blocks: NDArray[np.float32], importance: NDArray[np.float32] | None) -> Any:
         packed = np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8)
-        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty((SCRATCH + 1) * LANES, np.float32)
-        scratch = scratch[-scratch.ctypes.data // 4 % LANES :]  # no vector lies across two cache lines
-        weights = None if importance is None else np.resize(importance, len(importance) + LANES * WEIGHTS)
+        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty(source.SCRATCH * lanes + 16, np.float32)
+        scratch = scratch[-scratch.ctypes.data // 4 % 16 :]  # no vector lies across two cache lines
+        weights = None if importance is None else np.resize(importance, len(importance) + lanes * WEIGHTS)
         compiled(blocks.reshape(-1), weights, packed.reshape(-1).view(np.uint16), irregular, scratch)
         return packed, irregular
 
-    return run, f"with {instructions()}"
-
-
-def instructions() -> str:
-    """The vectors that kernels use on this processor."""
-    from .vectors import FEATURES, LANES
-
     names = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "neon": "NEON"}
-    return f"{next((name for key, name in names.items() if FEATURES.get(key)), 'plain')} vectors, {LANES} lanes"
+    vectors = next((name for key, name in names.items() if source.vectors.FEATURES.get(key)), "plain")
+    return run, f"with {vectors} vectors, {lanes} lanes"
 
 
 @cache
 def _compiled(type_: str, weighted: bool) -> Callable[..., None]:
     import numba
 
-    from .blocks import KERNELS
-    from .vectors import HAS_HALVES
-
-    if not HAS_HALVES:
+    source = _source(type_, weighted)
+    if not source.vectors.HAS_HALVES:
         raise NotImplementedError("the processor has no instructions for float16")
     read = numba.types.Array(numba.float32, 1, "C", readonly=True)
     with _numba_cache(numba.config) as cached:
         arguments = read, read if weighted else numba.none, numba.uint16[::1], numba.boolean[::1], numba.float32[::1]
         compiled = numba.njit(arguments, nogil=True, error_model="numpy", cache=cached)
-        return cast(Callable[..., None], compiled(KERNELS[type_]))
+        return cast(Callable[..., None], compiled(source.KERNELS[type_]))
+
+
+@cache
+def _source(type_: str, weighted: bool) -> Any:
+    """blocks.py, with the vectors that suit this use: where they are narrow, in modules of its own, as the width is in
+    all that numba compiles of them."""
+    package = __package__
+    if (type_, weighted) in _NARROW:
+        package = f"{__package__}.narrow"
+        sys.modules[package] = ModuleType(package)
+        vars(sys.modules[package]).update(__path__=[str(Path(__file__).parent)], REGISTERS=1)
+    return importlib.import_module(f"{package}.blocks")
 
 
 @contextmanager

@@ -24,10 +24,11 @@ from numba.core.typing import signature
 from numba.core.typing.templates import ConcreteTemplate, infer, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from . import REGISTERS
+
 FEATURES = llvmlite.binding.get_host_cpu_features()
 WIDTH = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx2") else 4  # numbers in a register
-_REGISTERS = 2  # to a vector: while the additions of one wait for each other, those of the other run
-LANES = WIDTH * _REGISTERS
+LANES = WIDTH * REGISTERS
 # Without instructions for it LLVM calls a C function for float16 that may not be there.
 HAS_HALVES = bool(FEATURES.get("f16c")) or llvmlite.binding.get_process_triple().startswith(("aarch64", "arm64"))
 
@@ -61,9 +62,9 @@ _BYTES, _INT = ir.IntType(8).as_pointer(), ir.IntType(32)
 _FLOATS, _INTS, _TRUTHS, _HALVES, _SHORTS = (
     ir.VectorType(element, WIDTH) for element in (ir.FloatType(), _INT, ir.IntType(1), ir.HalfType(), ir.IntType(16))
 )
-_F = _Type("Floats", ir.ArrayType(_FLOATS, _REGISTERS), types.float32)
-_I = _Type("Ints", ir.ArrayType(_INTS, _REGISTERS), types.int32)
-_T = _Type("Truths", ir.ArrayType(_TRUTHS, _REGISTERS))
+_F = _Type("Floats", ir.ArrayType(_FLOATS, REGISTERS), types.float32)
+_I = _Type("Ints", ir.ArrayType(_INTS, REGISTERS), types.int32)
+_T = _Type("Truths", ir.ArrayType(_TRUTHS, REGISTERS))
 _ROWS = {vector: _Type(f"Row of {vector.name}", vector.ir.as_pointer()) for vector in (_F, _I)}
 _NOTHING = ir.Constant(_BYTES, None)
 
@@ -81,9 +82,9 @@ def _each(instruction: Any) -> Any:
 
     def lowered(builder: Any, *values: Any) -> Any:
         whole = None
-        for number in range(_REGISTERS):
+        for number in range(REGISTERS):
             result = instruction(builder, *(_register(builder, value, number) for value in values))
-            whole = whole or ir.Constant(ir.ArrayType(result.type, _REGISTERS), ir.Undefined)
+            whole = whole or ir.Constant(ir.ArrayType(result.type, REGISTERS), ir.Undefined)
             whole = builder.insert_value(whole, result, number)
         return whole
 
@@ -128,7 +129,7 @@ def _load(builder: Any, row: Any, i: Any) -> Any:
 
 
 def _store(builder: Any, row: Any, i: Any, value: Any) -> Any:
-    for number in range(_REGISTERS):
+    for number in range(REGISTERS):
         builder.store(_register(builder, value, number), builder.gep(row, [i, _INT(number)]), align=4)
     return _NOTHING
 
@@ -143,7 +144,7 @@ def _from_half(builder: Any, x: Any) -> Any:
 
 def _any(builder: Any, truths: Any) -> Any:
     either = _register(builder, truths, 0)
-    for number in range(1, _REGISTERS):
+    for number in range(1, REGISTERS):
         either = builder.or_(either, _register(builder, truths, number))
     bits = builder.bitcast(either, ir.IntType(WIDTH))
     return builder.icmp_signed("!=", bits, bits.type(0))
@@ -151,7 +152,7 @@ def _any(builder: Any, truths: Any) -> Any:
 
 def _transpose(builder: Any, rows: Any, stride: Any, columns: Any) -> Any:
     """Tiles of a register's width: for each power of two the squares of that size off the diagonal change places."""
-    for right, below in product(range(_REGISTERS), repeat=2):
+    for right, below in product(range(REGISTERS), repeat=2):
         tile = []
         for i in range(WIDTH):
             row = builder.gep(rows, [builder.mul(stride, stride.type(below * WIDTH + i))])

@@ -2,12 +2,14 @@
 loop over llama.cpp with the same sampler chain, and against streaming from the `Llama` class.
 
 Ledger and bare loop take turns about every 64 tokens of one long reply, at the same positions, so that whatever else
-the machine does meets both; the ratio is the median over these slices. Of two copies of a model the one that is loaded
-last may decode some percent faster or slower, so this is done in both orders, and the ratio is their mean. The Python
-time per token comes from a second reply in which llama.cpp's decode and sample are timed: what is left of the loop is
-Python, with the bare loop's own beside it. Reading a model's weights pushes all else out of the processor's caches, so
-this is mostly the time to fetch what Python touches, more behind a larger model and a longer history. Whether anything
-is done again for every token written so far shows in a third reply, in which llama.cpp's part is left out.
+the machine does meets both; of a reply counts the median over these slices. Of two copies of a model one decodes some
+percent faster, by where it lies in memory: two bare loops side by side differ by 3 % (standard deviation). So both are
+loaded anew for every reply, in turns one or the other first, and the ratio is the mean of all replies.
+
+The Python time per token comes from a reply in which llama.cpp's decode and sample are timed: what is left of the loop
+is Python, with the bare loop's own beside it. Reading a model's weights pushes all else out of the processor's caches,
+so this is mostly the time to fetch what Python touches, more behind a larger model and a longer history. Whether
+anything is done again for every token written so far shows in another reply, in which llama.cpp's part is left out.
 """
 
 from __future__ import annotations
@@ -32,23 +34,35 @@ from koala_local.engine.llama import LlamaEngine
 from koala_local.engine.sampling import Sampling
 
 _SLICE = 64
+_LEAST_S = 90.0  # pairs of replies are measured until so long has passed
 _HIGH_LEVEL_TOKENS = 1000  # its streaming slows down with every token
+_Times = list[tuple[int, float, float]]  # of slices: tokens, ledger's seconds, bare loop's seconds
 
 
 def run(model: Model, quick: bool) -> list[Row]:
     """Rows for one model."""
     tokens, window = (256, 64) if quick else (3500, 500)
-    with closing(BareLoop(model.path, CONTEXT)) as bare, closing(model.endless_engine()) as engine:
-        last = _interleaved(engine, bare, tokens // 3)
+    replies = _replies(model, tokens, 0.0 if quick else _LEAST_S)
     with closing(model.endless_engine()) as engine:
         with closing(BareLoop(model.path, CONTEXT)) as bare:
-            slices = _interleaved(engine, bare, tokens)
             bare.read(engine.tokenize(numbered(1)))
             theirs = _python_ms(lambda: bare.write(tokens))
         ours = _python_ms(lambda: Talk(engine).say(numbered(1), tokens))
         alone = _python_alone_ms(engine, tokens)
-    rows = [_against_bare(model, slices, last), *_python_rows(model, ours, theirs, alone, window)]
-    return rows + _against_high_level(model, slices, min(tokens, _HIGH_LEVEL_TOKENS))
+    rows = [_against_bare(model, replies), *_python_rows(model, ours, theirs, alone, window)]
+    return rows + _against_high_level(model, replies[0], min(tokens, _HIGH_LEVEL_TOKENS))
+
+
+def _replies(model: Model, tokens: int, least_s: float) -> list[_Times]:
+    """The slices of each reply, in pairs: with the engine loaded first, and with the bare loop."""
+    replies: list[_Times] = []
+    started = time.perf_counter()
+    while not replies or time.perf_counter() - started < least_s:
+        with closing(model.endless_engine()) as engine, closing(BareLoop(model.path, CONTEXT)) as bare:
+            replies.append(_interleaved(engine, bare, tokens))
+        with closing(BareLoop(model.path, CONTEXT)) as bare, closing(model.endless_engine()) as engine:
+            replies.append(_interleaved(engine, bare, tokens))
+    return replies
 
 
 class _Slices:
@@ -58,7 +72,7 @@ class _Slices:
         self._engine, self._bare = engine, bare
         self._since = 0.0
         self._done = 0
-        self.times: list[tuple[int, float, float]] = []  # tokens, ledger's seconds, bare loop's seconds
+        self.times: _Times = []
 
     def __call__(self, _: str) -> None:
         now, tokens = time.perf_counter(), self._engine.evaluated_tokens - self._done
@@ -71,7 +85,7 @@ class _Slices:
         self._done, self._since = self._engine.evaluated_tokens, time.perf_counter()
 
 
-def _interleaved(engine: LlamaEngine, bare: BareLoop, tokens: int) -> list[tuple[int, float, float]]:
+def _interleaved(engine: LlamaEngine, bare: BareLoop, tokens: int) -> _Times:
     talk = Talk(engine)
     path = [Exchange(Turn(numbered(1)))]
     bare.read(talk.ledger.ids("", path))
@@ -121,9 +135,9 @@ def _timed(function: Callable[..., Any], spans: list[tuple[float, float]]) -> Ca
     return call
 
 
-def _against_bare(model: Model, *orders: list[tuple[int, float, float]]) -> Row:
-    tokens, ours, theirs = (sum(column) for column in zip(*chain(*orders), strict=True))
-    ratios = [median(theirs / ours for _, ours, theirs in slices) for slices in orders]
+def _against_bare(model: Model, replies: list[_Times]) -> Row:
+    tokens, ours, theirs = (sum(column) for column in zip(*chain(*replies), strict=True))
+    ratios = [median(theirs / ours for _, ours, theirs in slices) for slices in replies]
     return Row(
         f"decode, {model.name}",
         tokens / ours,
@@ -132,7 +146,7 @@ def _against_bare(model: Model, *orders: list[tuple[int, float, float]]) -> Row:
         "bare loop",
         geometric_mean(ratios),
         at_least=0.98,
-        note=f"{tokens} tokens; ratio: loaded first {ratios[0]:.3f}, last {ratios[1]:.3f}",
+        note=f"{tokens} tokens in {len(replies)} replies: {min(ratios):.3f} to {max(ratios):.3f}",
     )
 
 
@@ -147,7 +161,7 @@ def _python_rows(model: Model, ours: list[float], bare: list[float], alone: list
     ]
 
 
-def _against_high_level(model: Model, slices: list[tuple[int, float, float]], tokens: int) -> list[Row]:
+def _against_high_level(model: Model, slices: _Times, tokens: int) -> list[Row]:
     with closing(HighLevel(model.path, CONTEXT)) as peer:
         theirs = peer.complete(rendered([], numbered(1)), tokens)
     if theirs.tokens < tokens // 2:  # a trained model ends its reply, too early to measure

@@ -23,6 +23,7 @@ from benchmarks.table import Row, markdown
 _GOALS = {"Q4_K": 8.0, "Q6_K": 6.0, "Q5_K": 5.0, "Q3_K": 5.0}
 _WEIGHTED_GOAL = 6.0
 _ROWS, _COLUMNS = 256, 4096  # the blocks that the converter packs
+_BLOCKS = 4  # for each thread: the converter's threads are not woken for a single one
 _REPEATS = 5
 _FIRST = (
     "import sys; sys.modules['scipy'] = None\n"
@@ -45,7 +46,7 @@ def _compared(type_: str, weighted: bool, threads: int) -> Row:
     name = f"pack {type_}{', importance matrix' if weighted else ''}, {threads} thread{'s' * (threads > 1)}"
     kernel = choice.kernel(type_, weighted)
     random = np.random.default_rng(0)
-    parts = [random.standard_normal((_ROWS, _COLUMNS), np.float32) for _ in range(threads)]
+    parts = [random.standard_normal((_ROWS, _COLUMNS), np.float32) for _ in range(_BLOCKS * threads)]
     importance = random.random(_COLUMNS, np.float32) if weighted else None
     ours, theirs = [], []
     with ThreadPoolExecutor(threads) as pool:

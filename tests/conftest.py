@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ if hasattr(os, "sched_setaffinity"):
     # llama.cpp's threads wait for each other by spinning: for tiny models, beside other programs, one core is faster
     # than two. Children inherit it.
     _cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {_cores[os.getpid() % len(_cores)]})
+    _core = {_cores[os.getpid() % len(_cores)]}
+    os.sched_setaffinity(0, _core)
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it that runs the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Read once, when huggingface_hub is imported: no test sees, or adds to, the models of whoever runs it.
@@ -34,6 +40,16 @@ def koala_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     home = tmp_path_factory.mktemp("koala-home")
     monkeypatch.setenv("KOALA_HOME", str(home))
     return home
+
+
+@pytest.fixture(scope="module")
+def all_cores() -> Iterator[None]:
+    """All cores of the machine, for what is not llama.cpp and shares its work among them."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _cores)
+    yield
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, _core)
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ from tests.e2e.terminal import CTRL_C, Terminal
 from tests.e2e.test_chat_command import KOALA, koala
 from tests.finetune_runs import SETTINGS, SHAPE, log_lines, losses, make_dialogues, make_tokenizer
 
+pytestmark = pytest.mark.usefixtures("all_cores")
+
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:

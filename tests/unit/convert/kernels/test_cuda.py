@@ -18,6 +18,7 @@ from koala_local.convert.kernels import choice, ggml
 from tests.unit.convert.kernels.test_kernels import CLASSES, PER_MODE, importances
 
 triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("all_cores")
 
 GPU = "cuda", 86, 32  # of Nvidia, compute capability 8.6, threads of a warp
 # Each search but that of IQ4_XS, which takes long in the interpreter, in one of its uses.

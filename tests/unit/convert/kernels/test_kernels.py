@@ -33,6 +33,7 @@ from tests.checkpoint_maker import make_hf
 from tests.unit.convert.llama_quantize import llama_quantize, read_tensors
 
 pytest.importorskip("numba")
+pytestmark = pytest.mark.usefixtures("all_cores")
 
 Array = Any
 COLUMNS = 4096

@@ -1,10 +1,11 @@
 """How fast a reply is written: `Ledger.reply` (sampling, text, stop strings, the cache's book-keeping) against a bare
 loop over llama.cpp with the same sampler chain, and against streaming from the `Llama` class.
 
-Ledger and bare loop take turns about every 64 tokens of one long reply, at the same positions, so that whatever else
-the machine does meets both; of a reply counts the median over these slices. Of two copies of a model one decodes some
+Ledger and bare loop take turns about every 64 tokens of a reply, at the same positions, so that whatever else the
+machine does meets both; the ratio of a reply is the median of these slices. Of two copies of a model one decodes some
 percent faster, by where it lies in memory: two bare loops side by side differ by 3 % (standard deviation). So both are
-loaded anew for every reply, in turns one or the other first, and the ratio is the mean of all replies.
+loaded anew for every reply, each of them first every other time, and the ratio is the mean of many replies: two long
+ones, the others short.
 
 The Python time per token comes from a reply in which llama.cpp's decode and sample are timed: what is left of the loop
 is Python, with the bare loop's own beside it. Reading a model's weights pushes all else out of the processor's caches,
@@ -17,8 +18,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from itertools import chain, pairwise
-from statistics import geometric_mean, median
+from itertools import accumulate, chain, pairwise
+from statistics import geometric_mean, median, stdev
 from typing import Any
 from unittest.mock import patch
 
@@ -34,7 +35,7 @@ from koala_local.engine.llama import LlamaEngine
 from koala_local.engine.sampling import Sampling
 
 _SLICE = 64
-_LEAST_S = 90.0  # pairs of replies are measured until so long has passed
+_LEAST_S, _LEAST, _SHORT = 60.0, 16, 400  # short replies follow until there are so many, and so long has passed
 _HIGH_LEVEL_TOKENS = 1000  # its streaming slows down with every token
 _Times = list[tuple[int, float, float]]  # of slices: tokens, ledger's seconds, bare loop's seconds
 
@@ -42,7 +43,7 @@ _Times = list[tuple[int, float, float]]  # of slices: tokens, ledger's seconds, 
 def run(model: Model, quick: bool) -> list[Row]:
     """Rows for one model."""
     tokens, window = (256, 64) if quick else (3500, 500)
-    replies = _replies(model, tokens, 0.0 if quick else _LEAST_S)
+    replies = _replies(model, tokens, quick)
     with closing(model.endless_engine()) as engine:
         with closing(BareLoop(model.path, CONTEXT)) as bare:
             bare.read(engine.tokenize(numbered(1)))
@@ -50,18 +51,19 @@ def run(model: Model, quick: bool) -> list[Row]:
         ours = _python_ms(lambda: Talk(engine).say(numbered(1), tokens))
         alone = _python_alone_ms(engine, tokens)
     rows = [_against_bare(model, replies), *_python_rows(model, ours, theirs, alone, window)]
-    return rows + _against_high_level(model, replies[0], min(tokens, _HIGH_LEVEL_TOKENS))
+    return rows + _against_high_level(model, replies[:2], min(tokens, _HIGH_LEVEL_TOKENS))
 
 
-def _replies(model: Model, tokens: int, least_s: float) -> list[_Times]:
+def _replies(model: Model, tokens: int, quick: bool) -> list[_Times]:
     """The slices of each reply, in pairs: with the engine loaded first, and with the bare loop."""
     replies: list[_Times] = []
     started = time.perf_counter()
-    while not replies or time.perf_counter() - started < least_s:
+    while not replies or (not quick and (len(replies) < _LEAST or time.perf_counter() - started < _LEAST_S)):
+        length = min(tokens, _SHORT) if replies else tokens
         with closing(model.endless_engine()) as engine, closing(BareLoop(model.path, CONTEXT)) as bare:
-            replies.append(_interleaved(engine, bare, tokens))
+            replies.append(_interleaved(engine, bare, length))
         with closing(BareLoop(model.path, CONTEXT)) as bare, closing(model.endless_engine()) as engine:
-            replies.append(_interleaved(engine, bare, tokens))
+            replies.append(_interleaved(engine, bare, length))
     return replies
 
 
@@ -136,8 +138,9 @@ def _timed(function: Callable[..., Any], spans: list[tuple[float, float]]) -> Ca
 
 
 def _against_bare(model: Model, replies: list[_Times]) -> Row:
-    tokens, ours, theirs = (sum(column) for column in zip(*chain(*replies), strict=True))
+    tokens, ours, theirs = (sum(column) for column in zip(*chain(*replies[:2]), strict=True))
     ratios = [median(theirs / ours for _, ours, theirs in slices) for slices in replies]
+    error = stdev(ratios) / len(ratios) ** 0.5
     return Row(
         f"decode, {model.name}",
         tokens / ours,
@@ -146,7 +149,7 @@ def _against_bare(model: Model, replies: list[_Times]) -> Row:
         "bare loop",
         geometric_mean(ratios),
         at_least=0.98,
-        note=f"{tokens} tokens in {len(replies)} replies: {min(ratios):.3f} to {max(ratios):.3f}",
+        note=f"two replies, {tokens} tokens; ratio: mean of {len(ratios)} replies, standard error {error:.3f}",
     )
 
 
@@ -161,17 +164,19 @@ def _python_rows(model: Model, ours: list[float], bare: list[float], alone: list
     ]
 
 
-def _against_high_level(model: Model, slices: _Times, tokens: int) -> list[Row]:
+def _against_high_level(model: Model, replies: list[_Times], tokens: int) -> list[Row]:
     with closing(HighLevel(model.path, CONTEXT)) as peer:
         theirs = peer.complete(rendered([], numbered(1)), tokens)
     if theirs.tokens < tokens // 2:  # a trained model ends its reply, too early to measure
         return []
     done, seconds = 0, 0.0
-    for count, ours, _ in slices:
-        if done < theirs.tokens:
-            done, seconds = done + count, seconds + ours
+    for slices in replies:
+        ends = accumulate(count for count, *_ in slices)
+        for (count, ours, _), end in zip(slices, ends, strict=True):
+            if end - count < theirs.tokens:
+                done, seconds = done + count, seconds + ours
     rate = done / seconds
-    name = f"decode, {model.name}, first {done} tokens"
-    note = f"the Llama class wrote {theirs.tokens} tokens, some minutes later"
+    name = f"decode, {model.name}, first {theirs.tokens} tokens"
+    note = f"mean of {len(replies)} replies; the Llama class wrote its own some minutes later"
     ratio = rate / theirs.tokens_per_s
     return [Row(name, rate, "tokens/s", theirs.tokens_per_s, "Llama class, stream", ratio, note=note)]

@@ -61,14 +61,16 @@ def _compared(type_: str, weighted: bool, threads: int) -> Row:
 
 def _without_search(type_: str) -> Row:
     """Bytes of float32 weights a second, beside what numpy copies."""
-    rows = np.random.default_rng(0).standard_normal((_ROWS, _COLUMNS), np.float32)
+    random = np.random.default_rng(0)
+    parts = [random.standard_normal((_ROWS, _COLUMNS), np.float32) for _ in range(_BLOCKS)]
     pack = choice.kernel(type_, False).pack if type_ in choice.TYPES else ggml.pack
     ours, copies = [], []
     with ThreadPoolExecutor(1) as pool:
         for _ in range(_REPEATS):
-            ours.append(_seconds(pool, lambda part, *_: quantize_rows(part, type_, pack=pack), [rows], type_, None))
-            copies.append(_seconds(pool, lambda part, *_: part.copy(), [rows], type_, None))
-    speed, peer = rows.nbytes / 1e9 / median(ours), rows.nbytes / 1e9 / median(copies)
+            ours.append(_seconds(pool, lambda part, *_: quantize_rows(part, type_, pack=pack), parts, type_, None))
+            copies.append(_seconds(pool, lambda part, *_: part.copy(), parts, type_, None))
+    size = sum(part.nbytes for part in parts) / 1e9
+    speed, peer = size / median(ours), size / median(copies)
     return Row(f"pack {type_}, checked", speed, "GB/s", peer, "a copy by numpy", speed / peer)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +34,11 @@ Run = Callable[[NDArray[np.float32], "NDArray[np.float32] | None"], tuple[NDArra
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q8_0")
 WORTHWHILE = 2**25  # weights of a type; compiling takes longer than ggml does for fewer
-_NARROW = {("Q3_K", False)}  # with vectors of one register: fewer lanes wait while the level of one moves
+# With vectors of one register: in search.improve all lanes wait while one moves a level. A fifth faster with AVX2; with
+# others it was not measured.
+_NARROW = {("Q3_K", False)}
 _LEAST = 32  # super-blocks: what fills the lanes of every kernel
+_LINE = 16  # float32 numbers in a line of the processor's cache
 _SAMPLE = (16, 4096)
 
 
@@ -94,8 +96,8 @@ def _on_processor(type_: str, weighted: bool) -> tuple[Run, str]:
 
     def run(blocks: NDArray[np.float32], importance: NDArray[np.float32] | None) -> Any:
         packed = np.empty((len(blocks), ggml.row_size(type_, WEIGHTS)), np.uint8)
-        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty(source.SCRATCH * lanes + 16, np.float32)
-        scratch = scratch[-scratch.ctypes.data // 4 % 16 :]  # no vector lies across two cache lines
+        irregular, scratch = np.empty(len(blocks), np.bool_), np.empty(source.SCRATCH * lanes + _LINE, np.float32)
+        scratch = scratch[-scratch.ctypes.data // 4 % _LINE :]  # no register is loaded from two lines
         weights = None if importance is None else np.resize(importance, len(importance) + lanes * WEIGHTS)
         compiled(blocks.reshape(-1), weights, packed.reshape(-1).view(np.uint16), irregular, scratch)
         return packed, irregular
@@ -113,33 +115,28 @@ def _compiled(type_: str, weighted: bool) -> Callable[..., None]:
     if not source.vectors.HAS_HALVES:
         raise NotImplementedError("the processor has no instructions for float16")
     read = numba.types.Array(numba.float32, 1, "C", readonly=True)
-    with _numba_cache(numba.config) as cached:
+    with _numba_cache(numba.config, f"{type_}-{weighted}-{source.vectors.LANES}") as cached:
         arguments = read, read if weighted else numba.none, numba.uint16[::1], numba.boolean[::1], numba.float32[::1]
         compiled = numba.njit(arguments, nogil=True, error_model="numpy", cache=cached)
         return cast(Callable[..., None], compiled(source.KERNELS[type_]))
 
 
-@cache
-def _source(type_: str, weighted: bool) -> Any:
-    """blocks.py, with the vectors that suit this use: where they are narrow, in modules of its own, as the width is in
-    all that numba compiles of them."""
-    package = __package__
-    if (type_, weighted) in _NARROW:
-        package = f"{__package__}.narrow"
-        sys.modules[package] = ModuleType(package)
-        vars(sys.modules[package]).update(__path__=[str(Path(__file__).parent)], REGISTERS=1)
+def _source(type_: str, weighted: bool) -> ModuleType:
+    """blocks.py, with vectors of the width that suits this use."""
+    package = f"{__package__}.narrow" if (type_, weighted) in _NARROW else __package__
     return importlib.import_module(f"{package}.blocks")
 
 
 @contextmanager
-def _numba_cache(config: Any) -> Iterator[bool]:
-    """Let numba keep what it compiles in the user's cache folder, apart for each state of the kernels' source: it
-    looks only at the file of the function itself. False when the folder cannot be written."""
+def _numba_cache(config: Any, use: str) -> Iterator[bool]:
+    """Let numba keep what it compiles for `use` in the user's cache folder, apart for each state of the source: it
+    looks only at the file of the function itself, not at what that calls, nor at how wide a vector is. False when the
+    folder cannot be written."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     before = config.CACHE_DIR
     try:
-        config.CACHE_DIR = str(private_folder(cache_folder() / "kernels" / digest[:16]))
+        config.CACHE_DIR = str(private_folder(cache_folder() / "kernels" / digest[:16] / use))
         yield True
     except OSError:
         yield False

@@ -3,6 +3,8 @@
 numba has no such type. Here are three, of float32, of int32 and of truths, with the operations that the kernels need.
 Each becomes LLVM instructions without any licence to reorder or to fuse, so that a lane computes exactly what scalar C
 code does. A number beside a vector stands for a vector of it. A `Row` is a pointer to vectors, used as in C.
+
+This module is loaded once for each width of its vectors: see narrow.py.
 """
 
 # numba and llvmlite have types for a part of what is used here

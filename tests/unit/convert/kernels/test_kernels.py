@@ -7,6 +7,7 @@ tests say so.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -255,25 +256,31 @@ def test_nothing_is_held_after_packing(type_: str, weighted: bool) -> None:
     assert sys.getrefcount(rows) == before
 
 
-def test_nothing_is_fused() -> None:
-    for type_ in choice.TYPES:
-        own(type_, False)
-        code = "".join(choice._compiled(type_, False).inspect_asm().values())  # type: ignore[attr-defined]
-        assert ("sqrt" in code) == (type_ in ("Q4_K", "Q5_K"))
-        assert not [
-            name for name in ("vfmadd", "vfmsub", "vfnmadd", "vfnmsub", "fmla", "fmls", "fmadd") if name in code
-        ]
+@PER_MODE
+def test_nothing_is_fused(type_: str, weighted: bool) -> None:
+    own(type_, weighted)
+    code = "".join(choice._compiled(type_, weighted).inspect_asm().values())  # type: ignore[attr-defined]
+    assert ("sqrt" in code) == (type_ in ("Q4_K", "Q5_K") or (weighted and type_ not in ("Q6_K", "Q8_0")))
+    assert not [name for name in ("vfmadd", "vfmsub", "vfnmadd", "vfnmsub", "fmla", "fmls", "fmadd") if name in code]
+
+
+def test_q3_k_runs_in_half_the_lanes() -> None:
+    narrow, wide = (
+        int(re.findall(r"(\d+) lanes", choice.kernel("Q3_K", weighted).note)[0]) for weighted in (False, True)
+    )
+    assert wide == 2 * narrow
 
 
 # which function is used
 
 
-def test_a_compiled_kernel_is_kept(home: Path) -> None:
-    own("Q6_K", False)
+@pytest.mark.parametrize("type_", ["Q3_K", "Q6_K"])
+def test_a_compiled_kernel_is_kept(type_: str, home: Path) -> None:
+    own(type_, False)
     program = (
         "from koala_local.convert.kernels import choice\n"
-        "assert choice.kernel('Q6_K', False).note.startswith('own'), choice.kernel('Q6_K', False).note\n"
-        "raise SystemExit(40 + len(choice._compiled('Q6_K', False).stats.cache_hits))\n"
+        f"assert choice.kernel('{type_}', False).note.startswith('own'), choice.kernel('{type_}', False).note\n"
+        f"raise SystemExit(40 + len(choice._compiled('{type_}', False).stats.cache_hits))\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "KOALA_HOME": str(home)}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 41
@@ -283,7 +290,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("KOALA_HOME", str(tmp_path / "file"))
     config = SimpleNamespace(CACHE_DIR="before")
-    with choice._numba_cache(config) as cached:
+    with choice._numba_cache(config, "Q4_K") as cached:
         assert not cached
     assert config.CACHE_DIR == "before"
 

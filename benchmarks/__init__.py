@@ -10,3 +10,5 @@
 The models are the bundled miniature and a LLaMA of 160M random weights that models.py makes once. peers.py holds what
 is measured against, talk.py conversations of a given length, table.py how results are shown and written.
 """
+
+from koala_local.engine import bindings as _bindings  # noqa: F401 - before anybody loads OpenMP: all measure with its settings

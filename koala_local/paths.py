@@ -36,6 +36,12 @@ def cache_folder() -> Path:
     return _below_home("cache") or platformdirs.user_cache_path(_APP, appauthor=False)
 
 
+def typed_path(text: str) -> Path:
+    """The path that someone typed: ~ is the home folder, a pair of quotes around all of it is none of its name."""
+    quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "'\""
+    return Path(os.path.expanduser(text[1:-1] if quoted else text))
+
+
 def private_folder(folder: Path) -> Path:
     """Make `folder` with its missing parents, open to its owner only (0700), and return it. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import codecs
-import os
 import re
 from pathlib import Path
 
 from koala_local.engine.text_stream import plain
 from koala_local.errors import KoalaError
+from koala_local.paths import typed_path
 
 LIMIT_BYTES = 1 << 20  # far more than any context holds
 
 
 def attachment(reference: str) -> str:
     """The file's text between fences, with its name above. Raises KoalaError where it is no text, or too large."""
-    path = Path(os.path.expanduser(reference))
+    path = typed_path(reference)
     text = _decode(path, _read(path))
     longest = max((len(ticks) for ticks in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)

@@ -275,7 +275,8 @@ def list_sessions(as_json: bool = False) -> None:
             console.json_line(session._asdict())
         else:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.updated))
-            console.out(f"{session.id}  {when}  {session.turns:>4} turns  {session.title}")
+            turns = f"{session.turns:>4} {'turn ' if session.turns == 1 else 'turns'}"
+            console.out(f"{session.id}  {when}  {turns}  {session.title}")
     if not found and not as_json:
         console.note("there are no saved sessions yet")
 

@@ -131,13 +131,13 @@ class Conversation:
 
     def _reply(self, parent: int | None, user: str, on_text: OnText, on_prefill: OnPrefill) -> Answer:
         before = self.path(parent) if parent is not None else []
-        attempt = sum(node.parent == parent for node in self.nodes.values())
+        attempts = [node for node in self.nodes.values() if node.parent == parent]
         dropped = before[-1].dropped if before else 0
         path = [*self.exchanges(before), Exchange(Turn(user))]
-        seed = reply_seed(self.seed, len(before), attempt)
+        seed = reply_seed(self.seed, len(before), len(attempts))
         answer = self.ledger.reply(self.system, path, dropped, self.sampling, seed, on_text, on_prefill)
-        self._keep(parent, user, answer, attempt)
-        self._tell_dropped(dropped, answer.stats.dropped_turns)
+        self._keep(parent, user, answer, len(attempts))
+        self._tell_dropped(max([dropped, *(node.dropped for node in attempts)]), answer.stats.dropped_turns)
         return answer
 
     def _tell_dropped(self, before: int, now: int) -> None:

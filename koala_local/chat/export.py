@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ from koala_local.chat.conversation import Conversation
 from koala_local.disk import write_whole
 from koala_local.engine.text_stream import plain
 from koala_local.errors import KoalaError
+from koala_local.paths import typed_path
 
 
 def export(conversation: Conversation, model_name: str, reference: str, *, overwrite: bool) -> Path:
     """Write the conversation to the file `reference` (.md or .json; .md where it has no suffix), and return its path.
     Raises KoalaError."""
-    path = Path(os.path.expanduser(reference))
+    path = typed_path(reference)
     if path.is_dir():
         raise KoalaError(f"{str(path)!r} is a folder", "add a file name to it")
     path = path if path.suffix else path.with_name(f"{path.name}.md")

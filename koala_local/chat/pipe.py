@@ -78,6 +78,10 @@ def _serve(front: JsonFront, line: bytes) -> None:
             say(front, text)
         case {"command": str(command), **others} if not others:
             front.command(command)
+        case {"user": str(), **others} | {"command": str(), **others} if others:
+            raise KoalaError(f"the line has a key too many: {next(iter(others))[:40]!r}", "send user or command alone")
+        case {"user": str()}:
+            raise KoalaError("the message is empty", 'send {"user": "text"}')
         case _:
             raise KoalaError("the line is no request", 'send {"user": "text"} or {"command": "/help"}')
 

@@ -59,7 +59,7 @@ def undo(front: Front, _: str) -> None:
     _last(front)
     number = len(front.conversation.path())
     gone = front.conversation.undo()
-    front.show(f"undone: turn {number}, {one_line(gone.user, 50)!r}; /tree still has it")
+    front.show(f"undone: turn {number}, '{one_line(gone.user, 50)}'; /tree still has it")
 
 
 def branch(front: Front, argument: str) -> None:

@@ -6,7 +6,8 @@ makes room for the real one, should anybody import that.
 
 OpenMP's threads wait for each other at every step of the model. GNU's spin for some milliseconds before they sleep:
 where another program has taken the core of one, each step lasts as long, and a reply up to 200 times as long as beside
-nobody. They spin for some 20 µs here, unless the user has said how they wait; beside nobody that is as fast.
+nobody. They spin for some 20 µs here, unless the user has said how they wait; beside nobody that is as fast (on two
+cores, where it was measured).
 """
 
 from __future__ import annotations

@@ -70,15 +70,16 @@ def test_json_turns_reuse_the_cache(home: Path, model: Path) -> None:
 
 
 def test_json_commands_and_errors(home: Path, model: Path) -> None:
-    lines = chat(
-        home, model, [{"user": "one"}, {"command": "/undo"}, {"command": "/nope"}, {"sure": "no"}, {"command": "/tree"}]
-    )
+    requests = {"user": "one"}, {"command": "/undo"}, {"command": "/nope"}, {"sure": "no"}, {"command": "/tree"}
+    lines = chat(home, model, [*requests, {"user": "two", "seed": 1}, {"user": " "}])
     assert "reply" in lines[0]
     assert "shown" in lines[1]
     assert "/nope" in lines[2]["error"]
     assert lines[2]["hint"]
     assert "no request" in lines[3]["error"]
     assert "one" in lines[4]["shown"]
+    assert "'seed'" in lines[5]["error"]
+    assert "empty" in lines[6]["error"]
 
 
 def test_json_with_a_prompt_is_one_turn(home: Path, model: Path) -> None:

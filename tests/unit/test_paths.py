@@ -71,3 +71,9 @@ def test_session_file(tmp_path: Path) -> None:
 def test_no_session_id_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(SessionError):
         paths.session_file(tmp_path, name, ".kv")
+
+
+def test_a_typed_path_may_be_quoted() -> None:
+    assert paths.typed_path("my notes.md") == paths.typed_path("'my notes.md'") == Path("my notes.md")
+    assert paths.typed_path('"~/notes.md"') == Path.home() / "notes.md"
+    assert paths.typed_path("'") == Path("'") and paths.typed_path("'a") == Path("'a")

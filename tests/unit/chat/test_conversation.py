@@ -248,6 +248,8 @@ def test_the_user_is_told_which_turns_left(open_chat: Open, notes: list[str]) ->
     while not notes:
         chat.send("something to say that takes a few tokens", quiet)
     assert notes[0].startswith("the context is full: turns 1 to ")
+    chat.regenerate(quiet)
+    assert len(notes) == 1  # not again for another reply at the same place
     assert chat.path()[-1].dropped > 0
 
 

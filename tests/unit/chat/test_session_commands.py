@@ -47,7 +47,7 @@ def test_resume_without_another_session(front: Recorder) -> None:
 def test_export_markdown(front: Recorder, tmp_path: Path) -> None:
     front.run("/system Be brief.")
     say(front, "what is \x1b[31mred")
-    assert "notes.md" in front.run(f"/export {tmp_path}/my notes")
+    assert "notes.md" in front.run(f"/export '{tmp_path}/my notes'")
     text = (tmp_path / "my notes.md").read_text()
     assert "Be brief." in text
     assert "what is red" in text
@@ -94,7 +94,7 @@ def test_attach_goes_in_front_of_the_next_message(front: Recorder, tmp_path: Pat
     say(front, "what is this?")
     assert users(front) == ["notes.txt:\n````\nwith ``` in it\nand more\n````\n\nwhat is this?"]
     assert "nothing is attached" in front.run("/attach")
-    front.run(f"/attach {tmp_path}/notes.txt")
+    front.run(f'/attach "{tmp_path}/notes.txt"')
     assert "nothing is attached" in front.run("/attach none")
 
 

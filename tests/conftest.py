@@ -25,8 +25,10 @@ if hasattr(os, "sched_setaffinity"):
     _core = {_cores[os.getpid() % len(_cores)]}
     os.sched_setaffinity(0, _core)
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell leaves it that runs the tests in the background
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that runs the tests in the background leaves SIGINT ignored, nohup SIGHUP; children would inherit it.
+for _signal, _usual in (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _usual)
 
 
 # Read once, when huggingface_hub is imported: no test sees, or adds to, the models of whoever runs it.

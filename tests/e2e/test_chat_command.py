@@ -71,7 +71,7 @@ def test_json_turns_reuse_the_cache(home: Path, model: Path) -> None:
 
 def test_json_commands_and_errors(home: Path, model: Path) -> None:
     requests = {"user": "one"}, {"command": "/undo"}, {"command": "/nope"}, {"sure": "no"}, {"command": "/tree"}
-    lines = chat(home, model, [*requests, {"user": "two", "seed": 1}, {"user": " "}])
+    lines = chat(home, model, [*requests, {"user": "two", "seed": "1"}, {"user": " "}])
     assert "reply" in lines[0]
     assert "shown" in lines[1]
     assert "/nope" in lines[2]["error"]

@@ -79,7 +79,7 @@ def _serve(front: JsonFront, line: bytes) -> None:
         case {"command": str(command), **others} if not others:
             front.command(command)
         case {"user": str(), **others} | {"command": str(), **others} if others:
-            raise KoalaError(f"the line has a key too many: {str(next(iter(others)))[:40]!r}", "send user or command alone")
+            raise KoalaError(f"the line has a key too many: {str(next(iter(others)))[:40]!r}", "user or command alone")
         case {"user": str()}:
             raise KoalaError("the message is empty", 'send {"user": "text"}')
         case _:

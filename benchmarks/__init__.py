@@ -11,4 +11,5 @@ The models are the bundled miniature and a LLaMA of 160M random weights that mod
 is measured against, talk.py conversations of a given length, table.py how results are shown and written.
 """
 
-from koala_local.engine import bindings as _bindings  # noqa: F401 - before anybody loads OpenMP: all measure with its settings
+# First of all, before anything else loads OpenMP: peers and program are measured with the program's settings of it.
+from koala_local.engine import bindings as _bindings  # noqa: F401

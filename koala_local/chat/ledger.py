@@ -290,14 +290,14 @@ class _Writing:
 
     def _write(self, sample: Callable[[], int], max_tokens: int) -> tuple[Finish, float]:
         """Sample until the reply ends: (why, when the first token was there)."""
-        ends, ids, push, clock = self._engine.vocabulary.ends, self._ids, self._cache.push, time.perf_counter
+        ends, ids, clock = self._engine.vocabulary.ends, self._ids, time.perf_counter
         pace = 0.0 if self._ledger.format.stops else _PACE_S  # a stop string must be seen at once
         limit = max_tokens or self._engine.context_size
         first = due = 0.0
         try:
             while room := self._room():
-                for _ in range(room):  # every token pays for what stands here, with the processor's caches cold
-                    token, now = sample(), clock()
+                for token in self._cache.generate(sample, room):  # every token pays for what stands here
+                    now = clock()
                     first = first or now
                     if token in ends:
                         return "stop", first
@@ -308,7 +308,6 @@ class _Writing:
                             return "stop", first
                     if len(ids) >= limit:
                         return "length", first
-                    push(token)
         except Interrupted:
             return "interrupted", first or time.perf_counter()
         except KoalaError:

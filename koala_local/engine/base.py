@@ -6,7 +6,7 @@ slots share `context_size` cells. Where `shares_cells` is true a copied prefix c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -64,6 +64,9 @@ class Engine(Protocol):
     def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
         """Evaluate `ids` at `position`, which is the slot's length. Raises Interrupted; `evaluated_tokens` then says
         how many were done, the slot holds exactly these."""
+
+    def stepper(self, slot: int) -> Callable[[int, int], None]:
+        """A function that evaluates a token at a position, as `evaluate` does. Good until another is made."""
 
     def sampler(self, sampling: Sampling, seed: int, before: Sequence[int]) -> Sampler:
         """A sampler whose penalties have seen the tokens `before` the reply."""

@@ -8,7 +8,7 @@ then they are their slot's own, and it is enough to know how many.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -95,14 +95,18 @@ class PrefixCache:
         finally:
             self._append(slot, ids[: self.engine.evaluated_tokens - before])
 
-    def push(self, token: int) -> None:
-        """`extend` by one token, as decoding does thousands of times: every line here costs decoding speed."""
-        if not self._free:
-            self._make_way(1)
-        ids = self._slots[self._active].ids
-        self.engine.evaluate((token,), slot=self._active, position=len(ids))
-        ids.append(token)
-        self._free -= 1
+    def generate(self, sample: Callable[[], int], most: int) -> Iterator[int]:
+        """Draw a token, yield it and, once another is wanted, evaluate it: up to `most` times. Raises as `extend` does.
+        Every token of a reply finds the processor's caches cold: each line here costs speed."""
+        ids, evaluate = self.ids, self.engine.stepper(self._active)
+        for _ in range(most):
+            token = sample()
+            yield token
+            if not self._free:
+                self._make_way(1)
+            evaluate(token, len(ids))
+            ids.append(token)
+            self._free -= 1
 
     def crop(self, length: int) -> None:
         """Keep the first `length` tokens of the active slot."""

@@ -6,7 +6,7 @@ activations. Linear weights stay packed in memory. On a CPU it computes in float
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event
 
@@ -91,6 +91,9 @@ class GptqEngine:
             hidden = self._hidden(ids[start : start + _BATCH], cache)
             if start + _BATCH >= len(ids):
                 self._logits = self._model.lm_head(hidden[-1])
+
+    def stepper(self, slot: int) -> Callable[[int, int], None]:
+        return lambda token, position: self.evaluate((token,), slot=slot, position=position)
 
     def _hidden(self, ids: Sequence[int], cache: SlotCache) -> torch.Tensor:
         """Evaluate all of `ids`, or none: a failure leaves the slot as it was. Returns (tokens, hidden)."""

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import compress, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from koala_local.engine.base import Vocabulary
 from koala_local.engine.batch import Batch, tiled
@@ -184,14 +184,24 @@ class LlamaEngine:
             room = -length
 
     def evaluate(self, ids: Sequence[int], *, slot: int, position: int) -> None:
-        if len(ids) == 1:  # decoding: every token pays for what stands here
-            step = self._step
-            step.tokens[0], step.positions[0], step.slot.value = ids[0], position, slot
-            self._decode(step.batch, 1, slot, position)
-            return
         room = self._batch.room
         for start in range(0, len(ids), room):
             self._read(ids[start : start + room], slot, position + start)
+
+    def stepper(self, slot: int) -> Callable[[int, int], None]:
+        tokens, positions, batch = self._step.tokens, self._step.positions, self._step.batch
+        context, decode = self._context, ll.llama_decode
+        self._step.slot.value = slot
+
+        def step(token: int, position: int) -> None:
+            tokens[0], positions[0] = token, position
+            if self._stopped:
+                raise Interrupted
+            if status := decode(context, batch):
+                self._give_up(status, slot, position)
+            self.evaluated_tokens += 1
+
+        return step
 
     def _read(self, ids: Sequence[int], slot: int, position: int) -> None:
         count = len(ids)
@@ -209,9 +219,12 @@ class LlamaEngine:
         if self._stopped:
             raise Interrupted
         if status := ll.llama_decode(self._context, batch):
-            ll.llama_memory_seq_rm(self._memory, slot, position, -1)
-            raise Interrupted if status == 2 else _decode_error(status)
+            self._give_up(status, slot, position)
         self.evaluated_tokens += count
+
+    def _give_up(self, status: int, slot: int, position: int) -> NoReturn:
+        ll.llama_memory_seq_rm(self._memory, slot, position, -1)
+        raise Interrupted if status == 2 else _decode_error(status)
 
     def sampler(self, sampling: Sampling, seed: int, before: Sequence[int]) -> LlamaSampler:
         return LlamaSampler(self._context, self.vocabulary.size, sampling, seed, before)

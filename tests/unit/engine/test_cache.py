@@ -139,6 +139,41 @@ def test_an_interrupt_keeps_what_was_evaluated(cache: PrefixCache) -> None:
     assert read(cache, [1, 10, 11, 12, 13]) == 2
 
 
+def test_a_drawn_token_is_evaluated_when_the_next_one_is_wanted(cache: PrefixCache, reference: LlamaEngine) -> None:
+    read(cache, [1, 10, 11])
+    drawn = iter(range(20, 30))
+    tokens = cache.generate(drawn.__next__, 4)
+    assert [next(tokens), next(tokens)] == [20, 21]
+    assert cache.ids == [1, 10, 11, 20]
+    assert (list(tokens), next(drawn)) == ([22, 23], 24)
+    assert cache.ids == [1, 10, 11, 20, 21, 22, 23]
+    assert cache.used_cells == 7
+    assert_close(cache.engine.logits(), fresh_logits(reference, cache.ids))  # type: ignore[attr-defined]
+
+
+def test_held_branches_make_way_for_drawn_tokens(cache: PrefixCache, reference: LlamaEngine) -> None:
+    read(cache, [1, *range(10, 130)])
+    read(cache, [1, *range(130, 230)])
+    drawn = iter(range(20, 200))
+    assert list(cache.generate(drawn.__next__, 35)) == list(range(20, 55))
+    assert (cache.held, cache.used_cells) == (1, 256)
+    assert list(cache.generate(drawn.__next__, 1)) == [55]
+    assert (cache.held, cache.used_cells) == (0, 137)
+    assert_close(cache.engine.logits(), fresh_logits(reference, cache.ids))  # type: ignore[attr-defined]
+
+
+def test_an_interrupt_keeps_the_tokens_drawn_before(cache: PrefixCache) -> None:
+    read(cache, [1, 10])
+    tokens = cache.generate(iter(range(20, 30)).__next__, 9)
+    assert [next(tokens), next(tokens)] == [20, 21]
+    cache.engine.interrupt()
+    with pytest.raises(Interrupted):
+        next(tokens)
+    cache.engine.resume()
+    assert (cache.ids, cache.used_cells) == ([1, 10, 20], 3)
+    assert read(cache, [1, 10, 20, 21]) == 1
+
+
 def test_random_walk_against_a_fresh_evaluation(cache: PrefixCache, reference: LlamaEngine) -> None:
     draw = random.Random(7)
     paths: list[list[int]] = [[1, 10, 11]]

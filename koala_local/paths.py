@@ -38,8 +38,13 @@ def cache_folder() -> Path:
 
 def typed_path(text: str) -> Path:
     """The path that someone typed: ~ is the home folder, a pair of quotes around all of it is none of its name."""
+    return Path(os.path.expanduser(unquoted(text)))
+
+
+def unquoted(text: str) -> str:
+    """`text` without a pair of quotes around all of it."""
     quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "'\""
-    return Path(os.path.expanduser(text[1:-1] if quoted else text))
+    return text[1:-1] if quoted else text
 
 
 def private_folder(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from contextlib import closing, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from select import select
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from koala_local.chat.conversation import Conversation
     from koala_local.chat.history import History, Session
     from koala_local.chat.loader import LoadedModel, LoadOptions
+
+_SILENCE_S = 2.0  # how long a pipe may say nothing before the user is told what the program waits for
 
 
 def _setting(_: click.Context, option: click.Parameter, value: float | None) -> float | None:
@@ -101,11 +104,11 @@ def chat(model: str | None, prompt: str | None, as_json: bool, **options: Any) -
     GPTQ folder; by default the last one used, else the bundled miniature. At a terminal, what is not here yet is
     downloaded first.
 
-    With -p, or with text on stdin, one reply is written and the program exits.
+    With -p, or with text on stdin, one reply is written and the program exits; with both, TEXT follows the text there.
     """
     if options["resume"] and options["session"]:
         raise click.UsageError("--resume and --session exclude each other")
-    text = prompt if prompt is not None else (None if as_json else _piped_text())
+    text = _message(prompt, as_json)
     if text is not None and not text.strip():
         raise KoalaError("there is no message", "give one with -p, on stdin, or start without either to chat")
     from koala_local.chat.terminal import silent_keys
@@ -115,10 +118,20 @@ def chat(model: str | None, prompt: str | None, as_json: bool, **options: Any) -
         _start(model, text, as_json, options)
 
 
+def _message(prompt: str | None, as_json: bool) -> str | None:
+    """What gets one reply: the prompt, behind what is piped in. None where a conversation begins."""
+    piped = None if as_json else _piped_text()
+    if prompt is None:
+        return piped
+    return f"{piped}\n\n{prompt}" if piped else prompt
+
+
 def _piped_text() -> str | None:
     """What stands on stdin when it is no terminal. Raises KoalaError where it is not UTF-8."""
     if sys.stdin is None or sys.stdin.isatty():
         return None
+    if not select([sys.stdin], [], [], _SILENCE_S)[0]:
+        console.note("waiting for what is piped in; Ctrl-D ends it, and </dev/null says that there is nothing")
     try:
         return sys.stdin.buffer.read().decode("utf-8").strip()
     except UnicodeDecodeError as error:

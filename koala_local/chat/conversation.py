@@ -275,7 +275,7 @@ class Conversation:
 
     def _tell_anew(self, reason: object) -> None:
         if self.head is not None:
-            self.note(f"the next reply evaluates the whole conversation again: {reason}")
+            self.note(f"the next reply evaluates the conversation again: {reason}")
 
     def _update(self, **changes: str) -> None:
         """Change the session's row, if this program is the one that talks in it."""

@@ -8,6 +8,7 @@ from koala_local.chat.template import SOURCE_CHARACTERS, JinjaFormat
 from koala_local.dialogue import FORMATS, KOALA, KOALA_TEMPLATE, PromptFormat
 from koala_local.engine.base import Vocabulary
 from koala_local.errors import TemplateError
+from koala_local.paths import typed_path
 
 _SOURCE_BYTES = 4 * SOURCE_CHARACTERS
 _FILE_SUFFIXES = {".jinja", ".jinja2", ".j2", ".txt"}
@@ -44,9 +45,8 @@ def pick_format(
             raise TemplateError("the model file holds no chat template", f"choose one of: {', '.join(FORMATS)}")
         return jinja(template, "embedded"), "asked for: the model's own chat template"
     if override != "auto":
-        return _named(override) or jinja(
-            _read(Path(override).expanduser()), Path(override).name
-        ), f"asked for: {override}"
+        path = typed_path(override)
+        return _named(override) or jinja(_read(path), path.name), f"asked for: {override}"
     if "koala" in f"{model_name} {file_name}".lower():
         return KOALA, "the model is called Koala"
     if template == KOALA_TEMPLATE:
@@ -58,7 +58,7 @@ def pick_format(
 
 def _named(name: str) -> PromptFormat | None:
     """The built-in format called `name`; None where it must be a file. Raises TemplateError where it is neither."""
-    path = Path(name).expanduser()
+    path = typed_path(name)
     if name in FORMATS:
         return FORMATS[name]
     if path.exists() or path.suffix in _FILE_SUFFIXES or path.name != name:

@@ -45,7 +45,7 @@ def rename(front: Front, title: str) -> None:
     if not title:
         raise KoalaError("a title is missing", "/rename TITLE")
     front.conversation.rename(one_line(title))
-    front.show("renamed")
+    front.show(f"this conversation is called {front.conversation.title}")
 
 
 def export(front: Front, argument: str) -> None:

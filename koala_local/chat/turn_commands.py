@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from koala_local.chat import views
+from koala_local.chat.attach import name_of
 from koala_local.chat.front import Front, Unsent
 from koala_local.chat.saved import Node
 from koala_local.dialogue import KOALA
@@ -14,9 +15,10 @@ _LONGEST_NAME = 40
 
 def new(front: Front, _: str) -> None:
     front.conversation.new()
+    off = ", ".join(map(name_of, front.attachments))
     front.attachments.clear()
     front.last = None
-    front.show("a new conversation; /resume goes back to the one before")
+    front.show(f"a new conversation{off and f', without {off}'}; /resume goes back to the one before")
 
 
 def system(front: Front, text: str) -> None:

@@ -57,6 +57,26 @@ def test_one_reply_from_an_option_and_from_stdin(home: Path, model: Path) -> Non
     assert b"\x1b" not in by_option.stdout
 
 
+def test_a_prompt_follows_what_is_piped_in(home: Path, model: Path, tmp_path: Path) -> None:
+    for piped in (b"a cat\na dog\n", b"\n"):
+        assert koala(home, "chat", model, "-p", "Name them.", "--max-tokens", "2", stdin=piped).returncode == 0
+        export = json.dumps({"command": f"/export {tmp_path / 'said.json'} !"}).encode()
+        assert koala(home, "chat", model, "--json", "--resume", stdin=export).returncode == 0
+        said = (tmp_path / "said.json").read_text()
+        assert ("a cat\\na dog\\n\\nName them." in said) == (b"cat" in piped)
+        assert '"Name them."' in said or b"cat" in piped
+
+
+def test_a_silent_pipe_is_told_of(home: Path, model: Path) -> None:
+    command = [KOALA, "chat", str(model), "-p", "hello", "--max-tokens", "2"]
+    environment = os.environ | {"KOALA_HOME": str(home)}
+    program = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert program.stderr is not None
+    assert b"waiting for what is piped in" in program.stderr.readline()
+    program.communicate(b"")
+    assert program.returncode == 0
+
+
 def test_json_turns_reuse_the_cache(home: Path, model: Path) -> None:
     first, second, again = chat(home, model, [{"user": "hello"}, {"user": "more"}, {"command": "/regen"}])
     assert set(first) == {"reply", "finish", "stats"}
@@ -103,7 +123,7 @@ def test_resume_reuses_and_says_why_not(home: Path, model: Path) -> None:
     assert second["stats"]["reused_tokens"] >= first["stats"]["prompt_tokens"] + first["stats"]["generated_tokens"]
     stdin = b'{"user": "again"}\n'
     other = koala(home, "chat", model, "--json", "--resume", "--context", "256", "--max-tokens", "4", stdin=stdin)
-    assert b"evaluates the whole conversation again" in other.stderr
+    assert b"evaluates the conversation again" in other.stderr
     assert b"context is 256 now, was 512" in other.stderr
     assert json.loads(other.stdout)["stats"]["reused_tokens"] == 0
 
@@ -246,6 +266,7 @@ def test_a_signal_ends_the_program_and_keeps_the_partial_reply(
     slow = make_model(tmp_path / "slow.gguf", context=4096, embedding=512, layers=8, heads=8, feed_forward=2048)
     program = subprocess.Popen(
         [KOALA, "chat", slow, "-p", "go on", "--temperature", "3", "--min-p", "0", "--top-p", "1", "--seed", "5"],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=os.environ | {"KOALA_HOME": str(home)},
     )

@@ -289,7 +289,7 @@ def test_what_makes_the_next_reply_slow_is_told(open_chat: Open, notes: list[str
     chat.set_system("Be long.")
     chat.use_format(FORMATS["chatml"])
     assert [note.partition(": ")[2] for note in notes] == ["the system text changed", "the prompt format changed"]
-    assert all("evaluates the whole conversation again" in note for note in notes)
+    assert all("evaluates the conversation again" in note for note in notes)
 
 
 def test_damaged_ids_are_made_anew_from_the_text(open_chat: Open) -> None:

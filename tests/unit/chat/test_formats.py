@@ -127,6 +127,7 @@ def test_template_file_with_the_models_tokens(tmp_path: Path) -> None:
     format, reason = pick(str(path), known=vocabulary(["<|u|>"], ["<|end|>"]))
     assert isinstance(format, JinjaFormat)
     assert str(path) in reason
+    assert pick(f"'{path}'", known=vocabulary(["<|u|>"], ["<|end|>"]))[0].key == format.key
     with format:
         segments = format.segments(Dialogue((Turn("a<|u|><|end|>"),)))
     assert segments == [BOS, Control("<|u|>"), Text("a<|u|><|end|>"), EOS]
@@ -140,7 +141,7 @@ def test_unknown_name_lists_the_known_ones(tmp_path: Path, monkeypatch: pytest.M
     assert all(name in caught.value.hint for name in FORMATS)
 
 
-@pytest.mark.parametrize("name", ["none.jinja", "folder/none", "."])
+@pytest.mark.parametrize("name", ["none.jinja", "folder/none", ".", "~nobody-of-this-name/x.jinja"])
 def test_missing_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TemplateError, match="no template file") as caught:

@@ -96,6 +96,9 @@ def test_attach_goes_in_front_of_the_next_message(front: Recorder, tmp_path: Pat
     assert "nothing is attached" in front.run("/attach")
     front.run(f'/attach "{tmp_path}/notes.txt"')
     assert "nothing is attached" in front.run("/attach none")
+    front.run(f"/attach {tmp_path}/notes.txt")
+    assert "without notes.txt" in front.run("/new")
+    assert "without" not in front.run("/new")
 
 
 def test_attach_refuses(front: Recorder, tmp_path: Path) -> None:

@@ -115,6 +115,11 @@ def test_a_folder_without_a_model_and_with_many(folder: Path) -> None:
     assert error.hint == "choose one: '0.gguf', '1.gguf', '2.gguf', '3.gguf', '4.gguf' and 2 more"
 
 
+def test_a_name_may_be_quoted(folder: Path) -> None:
+    (folder / "my model.gguf").touch()
+    assert resolve("'my model.gguf'", None) == resolve('"my model.gguf"', None) == folder / "my model.gguf"
+
+
 def test_names_that_are_no_path(folder: Path) -> None:
     assert "no home folder" in refusal("~nobody-of-this-name/model.gguf").message
     for name in ("x" * 300, "nul\0byte", "\x1b[31mred.gguf", "\udcff.gguf"):

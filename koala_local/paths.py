@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
 
-from koala_local.errors import SessionError
+from koala_local.errors import KoalaError, SessionError
 
 _APP = "koala"
 _SESSION_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -37,14 +38,23 @@ def cache_folder() -> Path:
 
 
 def typed_path(text: str) -> Path:
-    """The path that someone typed: ~ is the home folder, a pair of quotes around all of it is none of its name."""
-    return Path(os.path.expanduser(unquoted(text)))
+    """The path that someone typed, or pasted as a shell takes it; ~ is the home folder. Raises KoalaError for a name
+    that the system does not take, or a folder that may not be looked into."""
+    path = Path(os.path.expanduser(unquoted(text)))
+    try:
+        path.exists()
+    except OSError as error:
+        raise KoalaError(f"{text[:80]!r} cannot be used: {error.strerror}", "check the name and its folders") from None
+    return path
 
 
 def unquoted(text: str) -> str:
-    """`text` without a pair of quotes around all of it."""
-    quoted = len(text) > 2 and text[0] == text[-1] and text[0] in "'\""
-    return text[1:-1] if quoted else text
+    """What a shell takes `text` for, if for one word: without quotes around it, and backslashes before its spaces."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote without its second
+        return text
+    return words[0] if len(words) == 1 else text
 
 
 def private_folder(folder: Path) -> Path:

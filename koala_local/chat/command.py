@@ -43,9 +43,12 @@ def _gpu_layers(_: click.Context, __: click.Parameter, value: str) -> int | None
     raise click.BadParameter("it is auto, all, or a whole number from 0 to 999")
 
 
-def _context(context: click.Context, option: click.Parameter, value: str) -> int | None:
-    length: int | None = None if value == "auto" else click.IntRange(256, 1 << 20)(value, option, context)
-    return length
+def _context(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if value.isdecimal() and len(value) < 8 and 256 <= int(value) <= 1 << 20:
+        return int(value)
+    raise click.BadParameter(f"it is auto, or a whole number from 256 to {1 << 20}")
 
 
 def _sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,7 +164,7 @@ def _start(model: str | None, text: str | None, as_json: bool, options: dict[str
         if options["resume"]:
             saved = history.latest()
             if saved is None:
-                console.note("there is no session to resume yet: this is a new one")
+                console.note(f"there is no session to resume{'' if history.warning else ' yet'}: this is a new one")
         _fetch_missing(model)
         front = "pipe" if as_json or text is not None else "repl"  # imported while the model is loaded
         importing = partial(import_module, f"koala_local.chat.{front}")
@@ -257,9 +260,13 @@ def _talk(conversation: Conversation, loaded: LoadedModel, load: LoadOptions, te
 
         one_reply(conversation, text)
     else:
+        from prompt_toolkit.application import create_app_session
+        from prompt_toolkit.output import create_output
+
         from koala_local.chat.repl import Repl
 
-        Repl(conversation, loaded, load).run()
+        with create_app_session(output=create_output(always_prefer_tty=True)):  # only replies go into a file or pipe
+            Repl(conversation, loaded, load).run()
 
 
 @click.group(invoke_without_command=True, short_help="List or remove saved sessions.")
@@ -290,7 +297,7 @@ def list_sessions(as_json: bool = False) -> None:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(session.updated))
             turns = f"{session.turns:>4} {'turn ' if session.turns == 1 else 'turns'}"
             console.out(f"{session.id}  {when}  {turns}  {session.title}")
-    if not found and not as_json:
+    if not found and not as_json and not history.warning:
         console.note("there are no saved sessions yet")
 
 

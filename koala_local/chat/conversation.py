@@ -10,6 +10,7 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from koala_local.chat.history import History
 from koala_local.chat.kv_files import CacheMiss, KvFiles
@@ -132,7 +133,7 @@ class Conversation:
     def _reply(self, parent: int | None, user: str, on_text: OnText, on_prefill: OnPrefill) -> Answer:
         before = self.path(parent) if parent is not None else []
         attempts = [node for node in self.nodes.values() if node.parent == parent]
-        dropped = before[-1].dropped if before else 0
+        dropped = _dropped(before)
         path = [*self.exchanges(before), Exchange(Turn(user))]
         seed = reply_seed(self.seed, len(before), len(attempts))
         answer = self.ledger.reply(self.system, path, dropped, self.sampling, seed, on_text, on_prefill)
@@ -175,6 +176,8 @@ class Conversation:
                 self.note(f"from here on turns are not saved: {error.message}")
             self._refused = True
         else:
+            if self._refused:
+                self.note("all turns are saved again")
             self._refused = False
 
     def _commit(self, node: Node) -> None:
@@ -189,12 +192,11 @@ class Conversation:
             vocabulary=node.vocabulary,
             attempt=node.attempt,
             dropped=node.dropped,
+            name=node.name,
             move_head=self._owner and self.head == node.id,
         )
-        if node.name:
-            self.history.name_node(saved.id, node.name)
         del self.nodes[node.id]
-        self.nodes[saved.id] = saved._replace(name=node.name)
+        self.nodes[saved.id] = saved
         for number, child in self.nodes.items():
             if child.parent == node.id:
                 self.nodes[number] = child._replace(parent=saved.id)
@@ -224,6 +226,8 @@ class Conversation:
         if name:
             if any(node.name == name for node in self.nodes.values()):
                 raise KoalaError(f"there is a branch called {name} already", "choose another name")
+            if last.name:
+                raise KoalaError(f"this line is called {last.name} already", "say something, then name the longer line")
             self.nodes[last.id] = last._replace(name=name)
             if last.id >= 0:
                 self._try_save(lambda: self.history.name_node(last.id, name))
@@ -234,7 +238,8 @@ class Conversation:
         for branch in self.branches():
             if reference in (str(branch.number), branch.last.name):
                 self._move(branch.last.id)
-                self.warm()
+                with suppress(KoalaError):  # a template that fails here tells so at the next message
+                    self.warm()
                 return branch
         raise KoalaError(f"there is no branch {reference}", "/tree shows them with their numbers")
 
@@ -252,48 +257,66 @@ class Conversation:
 
     def warm(self) -> None:
         """Bring the current path into the active slot as far as a held branch has it; evaluates nothing."""
+        self.ledger.cache.adopt(self._prompt())
+
+    def _prompt(self) -> list[int]:
+        """The token ids of the current path, without the turns that left the context."""
         path = self.path()
-        dropped = path[-1].dropped if path else 0
-        self.ledger.cache.adopt(self.ledger.ids(self.system, self.exchanges(path), dropped) if path else [])
+        return self.ledger.ids(self.system, self.exchanges(path), _dropped(path)) if path else []
 
     # -- sessions
 
     def new(self, system: str | None = None) -> None:
         """Begin another conversation. The present one is saved."""
         self.save()
+        self._tell_lost()
         self._begin(self.system if system is None else system)
 
     def set_system(self, system: str) -> None:
         """Change the system text of the whole conversation. Raises ContextError, nothing changed."""
         self.ledger.check_system(system)
-        if system != self.system:
-            self._tell_anew("the system text changed")
+        if system == self.system:
+            return
+        self._tell_anew("the system text changed")
         self.system = system
-        for number, node in self.nodes.items():
-            self.nodes[number] = node._replace(dropped=0)
+        self._see_all_turns()
         self._update(system=system)
+
+    def _see_all_turns(self) -> None:
+        """The next prompt tries all turns again, also those that had left the context."""
+        changed = any(node.dropped for node in self.nodes.values())
+        self.nodes = {number: node._replace(dropped=0) for number, node in self.nodes.items()}
+        if changed and self.session is not None and self._owner:
+            session = self.session.id
+            self._try_save(lambda: self.history.forget_dropped(session))
 
     def _tell_anew(self, reason: object) -> None:
         if self.head is not None:
             self.note(f"the next reply evaluates the conversation again: {reason}")
 
     def _update(self, **changes: str) -> None:
-        """Change the session's row, if this program is the one that talks in it."""
-        if self.session is not None and self._owner:
+        """Change the session's row, which belongs to the program that opened it first."""
+        if self.session is not None:
             session = self.session.id
-            self._try_save(lambda: self.history.update(session, **changes))
+            if self._owner:
+                self._try_save(lambda: self.history.update(session, **changes))
+            else:
+                self.note("this change is not saved: the session is open in another window")
 
     def rename(self, title: str) -> None:
         """Give the session a title. Raises KoalaError before the first turn."""
         if self.session is None:
             raise KoalaError("there is nothing to rename yet", "say something first")
+        if not self._owner:
+            raise KoalaError("this session is open in another window", "/rename it there")
         self._update(title=title)
         self.session = self.session._replace(title=title)
 
     def resume(self, session_id: str) -> None:
         """Go on with a saved session. Says why when old turns must be evaluated again. Raises SessionError."""
-        session, nodes = self.history.load(session_id)
         self.save()
+        session, nodes = self.history.load(session_id)
+        self._tell_lost()
         self._begin(session.system)
         self.session, self.head = session, session.head
         self.seed = session.seed if self._fixed_seed is None else self._fixed_seed
@@ -304,7 +327,7 @@ class Conversation:
             self.note("this session is open in another window: what you say here goes onto a branch of its own")
         if session.format in FORMATS and session.format != self.ledger.format.name:
             self.ledger.use_format(FORMATS[session.format])
-        if (session.model, session.format) != (self.model, self.ledger.format.name):
+        if self._owner and (session.model, session.format) != (self.model, self.ledger.format.name):
             self._update(model=self.model, format=self.ledger.format.name)
         self._restore_cache(session.id)
 
@@ -313,16 +336,17 @@ class Conversation:
             return
         try:
             self.ledger.cache.restore(lambda slot: self.files.restore(session_id, self.ledger.engine, slot))
-            self._saved_ids = list(self.ledger.cache.ids)
-            self._tell_cold()
         except CacheMiss as miss:
-            self.nodes = {number: node._replace(dropped=0) for number, node in self.nodes.items()}
+            self._see_all_turns()
             self._tell_anew(miss)
+            return
+        self._saved_ids = list(self.ledger.cache.ids)
+        with suppress(KoalaError):  # a template that fails here tells so at the next message
+            self._tell_cold()
 
     def _tell_cold(self) -> None:
         """Say so when the saved cache does not hold the path that goes on."""
-        path = self.path()
-        ids = self.ledger.ids(self.system, self.exchanges(path), path[-1].dropped) if path else []
+        ids = self._prompt()
         cold = len(ids) - common_prefix(ids, self.ledger.cache.ids)
         if cold:
             self.note(f"the saved KV cache holds another line or an earlier state: {cold} tokens are evaluated again")
@@ -331,7 +355,7 @@ class Conversation:
         """Go on with another model. The present one makes room first; when the other cannot be loaded, or cannot hold
         the system text, `back` loads it again and the error is raised."""
         self.save()
-        old_key, system, ledger = self.key, self.system, self.ledger
+        system, ledger = self.system, self.ledger
         try:
             ledger.engine.close()
             ledger = load()
@@ -341,7 +365,7 @@ class Conversation:
             self.ledger = back()
             raise
         self.ledger, self.model = ledger, model
-        self._ids_changed(old_key)
+        self._prompt_changed()
         self._try_save(lambda: self.history.set_setting(LAST_MODEL, model))
 
     def use_format(self, format: PromptFormat) -> None:
@@ -350,18 +374,21 @@ class Conversation:
         self.ledger.use_format(format)
         if self.key != old_key:
             self._tell_anew("the prompt format changed")
-        self._ids_changed(old_key)
+            self._prompt_changed()
 
-    def _ids_changed(self, old_key: str) -> None:
-        """Text is the truth: under another vocabulary or format its ids are made anew."""
+    def _prompt_changed(self) -> None:
+        """Text is the truth: for another model or format the prompt is made anew."""
         self._saved_ids = []
-        if self.key != old_key:
-            self.nodes = {number: node._replace(dropped=0) for number, node in self.nodes.items()}
+        self._see_all_turns()
         self._update(model=self.model, format=self.ledger.format.name)
 
     def lost_turns(self) -> int:
         """How many turns are not on disk; they are gone when the program ends."""
         return sum(number < 0 for number in self.nodes)
+
+    def _tell_lost(self) -> None:
+        if lost := self.lost_turns():
+            self.note(f"{lost} {'turn is' if lost == 1 else 'turns are'} lost: the disk refused to save them")
 
     def save(self) -> None:
         """Write what is not saved yet: turns that the disk refused, and the KV cache if it changed."""
@@ -378,11 +405,15 @@ class Conversation:
     def close(self) -> None:
         """Save and let go of everything."""
         self.save()
-        if lost := self.lost_turns():
-            self.note(f"{lost} {'turn is' if lost == 1 else 'turns are'} lost: the disk refused to save them")
+        self._tell_lost()
         self._unlock()
         self.history.close()
         self.ledger.engine.close()
+
+
+def _dropped(path: Sequence[Node]) -> int:
+    """How many turns of the path have left the context. A damaged row may name any number: the last turn never does."""
+    return min(max(path[-1].dropped, 0), len(path) - 1) if path else 0
 
 
 def reply_seed(session_seed: int, turn: int, attempt: int) -> int:

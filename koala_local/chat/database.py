@@ -1,8 +1,8 @@
 """The SQLite file of the saved sessions: opened in whatever state it is, or a good reason why it is not.
 
 `open_database` never raises. A damaged file is set aside under a new name, with its write-ahead log, and a fresh one
-begun: nothing is deleted. A folder that cannot be written, a full disk, or a file of a newer version: the database is
-held in memory, and the file is left as it is.
+begun: nothing is deleted. A folder that cannot be written, or a full disk: the database is opened only to be read. One
+that cannot be read either, or is of a newer version: a database is held in memory, and the file is left as it is.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ _DAMAGED_CODES = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class Opened(NamedTuple):
-    """A connection in autocommit mode. `path` is None when it is in memory; `warning` is empty or one line."""
+    """A connection in autocommit mode. `path` is None when it is in memory; `warning` is empty or one line, and says so
+    where nothing can be saved."""
 
     connection: sqlite3.Connection
     path: Path | None
@@ -80,22 +81,35 @@ class _TooNew(Exception):
     """The file is sound, and only a newer program knows what it means."""
 
 
+_FAILURES = (_Damaged, _TooNew, OSError, sqlite3.Error, ValueError, MemoryError)
+
+
 def open_database(folder: Path) -> Opened:
     """The database in `folder`, checked and ready; never raises."""
+    file = folder / NAME
     try:
         private_folder(folder)
         # Two programs must not both set it aside; one that is stopped must not stop this one, which goes on unlocked.
         with lock(folder / "sessions.lock", _BUSY_SECONDS, PRIVATE):
-            return _open_or_begin_anew(folder / NAME)
-    except _TooNew as error:
-        reason = f"{folder / NAME} {error}; it was left as it is"
-    except OSError as error:
-        reason = f"{error.filename or folder / NAME}: {error.strerror or error}"
-    except (sqlite3.Error, _Damaged, ValueError, MemoryError) as error:
-        reason = f"{folder / NAME}: {error}"
-    memory = _connect(":memory:")
-    _prepare(memory)
-    return Opened(memory, None, one_line(f"conversations will not be saved: {reason}", 1000))
+            return _open_or_begin_anew(file)
+    except _FAILURES as error:
+        reason = _reason(file, error)
+    saved = None
+    try:
+        saved = _open_to_read(file)
+    except _FAILURES as error:
+        if (unread := _reason(file, error)) != reason:
+            reason = f"{reason}; nor can the saved ones be read: {unread}"
+    warning = one_line(f"conversations will not be saved: {reason}", 1000)
+    return Opened(saved, file, warning) if saved else Opened(_in_memory(), None, warning)
+
+
+def _reason(file: Path, error: BaseException) -> str:
+    if isinstance(error, _TooNew):
+        return f"{file} {error}; it was left as it is"
+    if isinstance(error, OSError):
+        return f"{error.filename or file}: {error.strerror or error}"
+    return f"{file}: {error}"
 
 
 def error_code(error: BaseException) -> int:
@@ -144,6 +158,30 @@ def _open(file: Path) -> sqlite3.Connection:
     return connection
 
 
+def _open_to_read(file: Path) -> sqlite3.Connection | None:
+    """A connection that cannot write and makes no file; None where nothing was saved. Raises as `_open` does."""
+    if not os.path.isfile(file):
+        return None
+    _refuse_fragment(file, file.stat().st_size)
+    # Who has the database open has made both files. Without them SQLite, which may not make them here, reads it only as
+    # `immutable`, and then passes over the log: a database without the log that belongs to it may be half of one.
+    shared = all(os.path.exists(f"{file}{suffix}") for suffix in ("-wal", "-shm"))
+    if not shared and _log_size(file):
+        raise _Damaged("its write-ahead log can be read only where the folder can be written")
+    connection = _connect(f"{file.absolute().as_uri()}?mode=ro{'' if shared else '&immutable=1'}", uri=True)
+    try:
+        _refuse_foreign(connection)
+        if not _is_empty(connection):
+            _check(connection)
+            _check_length(connection, file)
+            return connection
+    except BaseException:
+        connection.close()
+        raise
+    connection.close()
+    return None
+
+
 def _begin(file: Path) -> None:
     """Make the file with mode 0600 if it is missing. An existing one is not opened here: closing any descriptor of it
     would drop the locks of another connection in this process."""
@@ -151,10 +189,7 @@ def _begin(file: Path) -> None:
     size = 0 if fresh else file.stat().st_size
     if file.is_dir():
         raise _Damaged("it is a folder")
-    if size == 0 and _log_size(file):
-        raise _Damaged("the file is empty, its write-ahead log is not")  # SQLite would delete the log
-    if 0 < size < _SMALLEST_PAGE:
-        raise _Damaged("the file is too short")  # SQLite would take some of these for empty ones
+    _refuse_fragment(file, size)
     if fresh:
         with suppress(FileExistsError):
             os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -165,6 +200,13 @@ def _begin(file: Path) -> None:
             file.chmod(0o600)
 
 
+def _refuse_fragment(file: Path, size: int) -> None:
+    if size == 0 and _log_size(file):
+        raise _Damaged("the file is empty, its write-ahead log is not")  # SQLite would delete the log
+    if 0 < size < _SMALLEST_PAGE:
+        raise _Damaged("the file is too short")  # SQLite would take some of these for empty ones
+
+
 def _log_size(file: Path) -> int:
     """Bytes in the write-ahead log, 0 when there is none."""
     with suppress(FileNotFoundError):
@@ -172,8 +214,14 @@ def _log_size(file: Path) -> int:
     return 0
 
 
-def _connect(target: str) -> sqlite3.Connection:
-    connection = sqlite3.connect(target, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+def _in_memory() -> sqlite3.Connection:
+    connection = _connect(":memory:")
+    _prepare(connection)
+    return connection
+
+
+def _connect(target: str, *, uri: bool = False) -> sqlite3.Connection:
+    connection = sqlite3.connect(target, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False, uri=uri)
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")  # one damaged letter must not hide a session
     connection.execute("PRAGMA foreign_keys = ON")
     return connection

@@ -9,7 +9,7 @@ from koala_local.chat.conversation import Conversation
 from koala_local.chat.ledger import Answer, Ledger
 from koala_local.chat.loader import LoadedModel, LoadOptions, checked, open_model
 from koala_local.chat.streaming import Act
-from koala_local.errors import Interrupted
+from koala_local.errors import ContextError, Interrupted
 from koala_local.models.configuration import refuse_unquantized
 from koala_local.models.resolve import resolve
 
@@ -50,7 +50,12 @@ class Unsent(Interrupted):
 def say(front: Front, text: str) -> None:
     """Send `text` with what is attached in front of it. Raises KoalaError or Interrupted, still attached then."""
     message = "\n\n".join([*front.attachments, text])
-    front.answer(lambda on_text, on_prefill: front.conversation.send(message, on_text, on_prefill))
+    try:
+        front.answer(lambda on_text, on_prefill: front.conversation.send(message, on_text, on_prefill))
+    except ContextError as error:
+        raise ContextError(
+            error.message, "/attach none takes the files off" if front.attachments else error.hint
+        ) from None
     front.attachments.clear()
 
 

@@ -61,7 +61,8 @@ class History:
 
     @classmethod
     def open(cls, folder: Path) -> History:
-        """The history in `folder`. Never raises: `warning` says what is wrong, `path` is None if nothing is saved."""
+        """The history in `folder`. Never raises: `warning` says what is wrong. Where the file can only be read, what
+        writes raises SessionError; where it cannot be read either, `path` is None and all of it is in memory."""
         opened = open_database(folder)
         return cls(folder, opened.connection, opened.path, opened.warning)
 
@@ -90,10 +91,11 @@ class History:
         vocabulary: str,
         attempt: int,
         dropped: int,
+        name: str = "",
         move_head: bool = True,
     ) -> Node:
         """Save a finished turn below `parent`; with `move_head` it becomes the session's head. Raises SessionError."""
-        now, user, reply = time.time(), sound_text(user), sound_text(reply)
+        now, user, reply, name = time.time(), sound_text(user), sound_text(reply), sound_text(name)
         with self._transaction() as connection:
             self._ensure_written(connection, session_id)
             values = (
@@ -106,7 +108,7 @@ class History:
                 vocabulary,
                 attempt,
                 dropped,
-                "",
+                name,
                 now,
             )
             columns = "session" + NODE_COLUMNS.removeprefix("id")
@@ -114,7 +116,7 @@ class History:
             head, settings = (", head = ?", (node_id,)) if move_head else ("", ())
             connection.execute(f"UPDATE session SET updated = ?{head} WHERE id = ?", (now, *settings, session_id))
         self._unwritten.pop(session_id, None)
-        return Node(node_id, parent, user, reply, finish, tuple(reply_ids), vocabulary, attempt, dropped, "", now)
+        return Node(node_id, parent, user, reply, finish, tuple(reply_ids), vocabulary, attempt, dropped, name, now)
 
     def set_head(self, session_id: str, node_id: int | None) -> None:
         """Go on from another node of the session; None is before its first turn. Raises SessionError."""
@@ -138,6 +140,11 @@ class History:
             self._unwritten[session_id] = self._unwritten[session_id]._replace(**texts)
         elif texts:
             self._update(session_id, texts)
+
+    def forget_dropped(self, session_id: str) -> None:
+        """No turn of the session counts as out of the context any more. Raises SessionError."""
+        with self._transaction() as connection:
+            connection.execute("UPDATE node SET dropped = 0 WHERE session = ? AND dropped", (session_id,))
 
     def name_node(self, node_id: int, name: str) -> None:
         """Give a node a branch name; "" takes it away. Raises SessionError."""

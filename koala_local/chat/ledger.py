@@ -29,6 +29,7 @@ Finish = Literal["stop", "length", "interrupted"]
 # over the turns until the next overflow, share / (1 - share) evaluations per new token: see benchmarks/overflow.py.
 KEEP: dict[Overflow, float] = {"exact": 0.5, "shift": 0.75}
 REPLY_ROOM = 0.125  # share of the context that is free for the reply when a turn begins
+_SHORTEST = 16  # tokens of a reply that there must be room for
 _PROGRESS_STEP = 256  # tokens of prefill between two reports
 _PACE_S = 1 / 30  # text is handed on as often: a token of a small model takes a millisecond, and its text none of it
 
@@ -167,9 +168,10 @@ class Ledger:
         self._check_length("the message", path[-1].turn.user)
         return _Writing(self, system, path, dropped, on_text, on_prefill).run(sampling, seed)
 
-    def fit(self, system: str, path: Sequence[Exchange], dropped: int, room: int) -> int:
+    def fit(self, system: str, path: Sequence[Exchange], dropped: int, room: int, least: int) -> int:
         """How many oldest turns must stay away so that the prompt and `room` more tokens fit. Where that is more than
-        `dropped`, enough leave at once that the next turns find room as well. Raises ContextError."""
+        `dropped`, enough leave at once that the next turns find room as well. Raises ContextError where the last turn
+        alone leaves less than `least`."""
         size = self.engine.context_size
         if len(self.ids(system, path, dropped)) + room <= size:
             return dropped
@@ -179,7 +181,7 @@ class Ledger:
             if len(self.ids(system, path, dropped)) <= min(goal, size - room):
                 return dropped
         needed = len(self.ids(system, path, dropped))
-        if needed + min(room, 16) > size:
+        if needed + min(room, least) > size:
             raise ContextError(
                 f"the message needs {needed} tokens, the context holds {size}",
                 "send it in parts, or start with a larger --context",
@@ -281,7 +283,7 @@ class _Writing:
     def _fit(self, room: int) -> list[int]:
         """The prompt, without the turns that leave so that `room` more tokens fit."""
         path = self._path
-        dropped = self._ledger.fit(self._system, path, self._dropped, room)
+        dropped = self._ledger.fit(self._system, path, self._dropped, room, self._closing + _SHORTEST)
         prompt = self._ledger.ids(self._system, path, dropped)
         if dropped > self._dropped and self._ledger.overflow == "shift":
             self._ledger.move_up(self._ledger.ids(self._system, path, self._dropped) + self._ids, prompt + self._ids)
@@ -314,7 +316,7 @@ class _Writing:
             if not self._ids:
                 raise
             return "length", first  # what is written is kept
-        return "length", first
+        return "length", first or time.perf_counter()
 
     def _room(self) -> int:
         """How many more tokens fit besides those that close the reply. Where none does, old turns leave."""

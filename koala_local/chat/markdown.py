@@ -1,6 +1,7 @@
 """A reply's markdown as lines for the terminal, block by block, with every word of it.
 
 Link definitions, images and HTML stay text, an address is shown behind its link's text, nothing becomes a hyperlink.
+A list item without text, such as the answer "23.", stays text as well, and so does an empty heading or quote.
 Code is highlighted in the terminal's own palette, without a background, and its lines are not wrapped.
 """
 
@@ -15,7 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown, TableElement
+from rich.markdown import CodeBlock, Heading, ListItem, Markdown, TableElement
 from rich.segment import Segment
 from rich.style import Style
 from rich.syntax import ANSISyntaxTheme, Syntax
@@ -88,6 +89,27 @@ class _Heading(Heading):
     LEVEL_ALIGN = dict.fromkeys(Heading.LEVEL_ALIGN, "left")
 
 
+class _Item(ListItem):
+    """A list item with its number as the model wrote it: "007." or "7)", not the next one."""
+
+    mark = ""
+
+    @classmethod
+    def create(cls, markdown: Markdown, token: Token) -> _Item:
+        item = cls()
+        item.mark = _mark(token)
+        return item
+
+    def render_number(self, console: Console, options: ConsoleOptions, number: int, last_number: int) -> RenderResult:
+        mark = f" {self.mark.rjust(len(str(last_number)) + 1)} "
+        inner = options.update(width=options.max_width - len(mark))
+        style = console.get_style("markdown.item.number", default="none")
+        for n, line in enumerate(console.render_lines(self.elements, inner, style=self.style)):
+            yield Segment(" " * len(mark) if n else mark, style)
+            yield from line
+            yield Segment.line()
+
+
 class _Table(TableElement):
     """A table whose words are never cut: where they do not fit side by side, rows are lines of text."""
 
@@ -116,6 +138,7 @@ class _Markdown(Markdown):
         "fence": _Code,
         "code_block": _Code,
         "heading_open": _Heading,
+        "list_item_open": _Item,
         "table_open": _Table,
     }
 
@@ -160,14 +183,14 @@ def blocks(source: str) -> list[Block]:
 
 
 def _items(start: int, tokens: list[Token]) -> Iterator[tuple[int, list[Token]]]:
-    """A list as lists of one item each, numbered as the model wrote; any other block as it is."""
+    """A list as lists of one item each; any other block as it is."""
     first, last = tokens[0], tokens[-1]
     places = [i for i, token in enumerate(tokens) if token.type == "list_item_open" and token.level == 1]
     if not places:
         yield start, tokens
     for place, end in pairwise([*places, len(tokens) - 1]):
         item = tokens[place]
-        head = first.copy(attrs={"start": int(item.info)} if item.info else {})
+        head = first.copy(attrs={})  # else an item would be indented by the number that its list starts with
         yield item.map[0] if item.map else start, [head, *tokens[place:end], last]
 
 
@@ -197,9 +220,25 @@ def _code_lines(token: Token) -> list[Text]:
     return [opening, *lines, *[closing] * closed]
 
 
+def _mark(item: Token) -> str:
+    return item.info + item.markup
+
+
+def _is_empty(token: Token, following: Token) -> bool:
+    """Whether `token` begins something that has only a mark, and would be drawn as nothing."""
+    if token.type == "heading_open":
+        return not following.content
+    return token.type in ("list_item_open", "blockquote_open") and following.nesting < 0
+
+
 def _fits(block: Block, width: int) -> bool:
-    """Whether rendering `block` keeps its words: not where it nests too deep, or has cells beyond its columns."""
-    if max(token.level for token in block.tokens) * 4 + 12 > width:
+    """Whether rendering `block` keeps its words: not where it nests too deep, has cells beyond its columns, or a part
+    of it is empty."""
+    marks = [len(_mark(token)) for token in block.tokens if token.type == "list_item_open"]
+    step = max([4, *(2 + mark // 2 for mark in marks)])  # a list is two levels, and as wide as its numbers
+    if max(token.level for token in block.tokens) * step + 12 > width:
+        return False
+    if any(_is_empty(*pair) for pair in pairwise(block.tokens)):
         return False
     columns = sum(token.type == "th_open" for token in block.tokens)
     return not columns or all(len(_PIPE.findall(line.strip().strip("|"))) < columns for line in block.source)

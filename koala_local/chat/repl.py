@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 IDLE_S = 10.0  # without a key for so long, the KV cache is saved
 _PROMPT = "> "
+_LONG = 1000  # characters of a message
 _STYLE = Style.from_dict({"prompt": "bold", "bottom-toolbar": "noreverse dim"})
 
 
@@ -205,8 +206,10 @@ class Repl:
             self._typed = stop.line if isinstance(stop, Unsent) else line
             console.styled("stopped before the first token: nothing is sent", dim=True)
         except KoalaError as error:
-            self._typed = line if isinstance(error, ContextError) else ""
-            self._complain(error.message, error.hint)
+            unsent = isinstance(error, ContextError)
+            self._typed = line if unsent and len(line) <= _LONG else ""  # a screenful of it would hide the error
+            back = "; arrow up brings the message back" if unsent and not self._typed else ""
+            self._complain(error.message, error.hint + back)
         except Exception as error:  # a defect in one command must not take the conversation with it
             self._complain(f"internal error: {type(error).__name__}: {error}", "please report it; you can go on")
         self._tell_notes()

@@ -39,6 +39,7 @@ def silent_keys() -> Iterator[None]:
     silent = termios.tcgetattr(keys)
     silent[0] &= ~termios.ICRNL  # so that Enter stays Enter
     silent[3] &= ~(termios.ECHO | termios.ICANON)
+    silent[3] |= termios.NOFLSH  # Ctrl-C stops a reply, and what was typed meanwhile stays
     termios.tcsetattr(keys, termios.TCSANOW, silent)
     try:
         yield

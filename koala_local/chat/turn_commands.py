@@ -68,8 +68,8 @@ def branch(front: Front, argument: str) -> None:
     _last(front)
     conversation = front.conversation
     number, name = _number_first(argument)
-    if name.isdecimal() or len(name) > _LONGEST_NAME:
-        hint = f"a name is no number, and has at most {_LONGEST_NAME} characters"
+    if (name and name[0] in "+-.0123456789") or len(name) > _LONGEST_NAME:
+        hint = f"a name begins with a letter, and has at most {_LONGEST_NAME} characters"
         raise KoalaError(f"a branch cannot be called {name[:50]}", hint)
     if number is None and not name:
         hint = "/branch N goes on behind turn N, /branch NAME keeps this line"

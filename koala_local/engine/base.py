@@ -77,9 +77,9 @@ class Engine(Protocol):
     def copy(self, source: int, target: int) -> None:
         """Make `target` equal to `source`."""
 
-    def shift(self, slot: int, start: int, end: int) -> None:
-        """Forget positions [start, end) and move what follows down. Approximate: the moved keys saw what is gone.
-        Only where `can_shift`."""
+    def shift(self, slot: int, start: int, end: int, last: int) -> None:
+        """Forget positions [start, end) and move what follows down; `last`, the slot's last token, is evaluated again.
+        Approximate: the moved keys saw what is gone. Only where `can_shift`."""
 
     def save(self, slot: int, ids: Sequence[int], path: Path) -> None:
         """Write a slot's KV and token ids to `path` (not atomic). Raises OSError."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMem
 from koala_local.models.reference import repository_of
 
 SLOTS = 4  # copies share nothing: each held branch takes memory of its own
+_HELD = ("_slots", "_model", "_logits")  # until the engine is closed
 _BATCH = 64  # tokens between two looks at `interrupt`
 
 
@@ -142,7 +144,7 @@ class GptqEngine:
         if source != target:
             self._slots[target].put(self._slots[source].held())
 
-    def shift(self, slot: int, start: int, end: int) -> None:
+    def shift(self, slot: int, start: int, end: int, last: int) -> None:
         raise ValueError("this engine cannot shift")
 
     def save(self, slot: int, ids: Sequence[int], path: Path) -> None:
@@ -183,5 +185,9 @@ class GptqEngine:
 
     def close(self) -> None:
         """Give the memory of weights and KV cache back."""
-        self._slots = []
-        self._model = self._logits = None
+        for name in _HELD:
+            self.__dict__.pop(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a closed engine no longer has is asked for."""
+        raise KoalaError("no model is loaded", "/model FILE loads one") if name in _HELD else AttributeError(name)

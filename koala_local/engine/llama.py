@@ -52,6 +52,7 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
         _log_tail.append(text.decode("utf-8", "replace").strip())
 
 
+_NEVER = ll.ggml_abort_callback()  # a null pointer: nothing is polled
 _NO_LOG = ctypes.cast(ctypes.CDLL(None).abs, ll.llama_log_callback)  # no Python: the absolute value of the level
 
 
@@ -258,9 +259,15 @@ class LlamaEngine:
         ll.llama_memory_seq_rm(self._memory, target, -1, -1)
         ll.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
-    def shift(self, slot: int, start: int, end: int) -> None:
+    def shift(self, slot: int, start: int, end: int, last: int) -> None:
         ll.llama_memory_seq_rm(self._memory, slot, start, end)
         ll.llama_memory_seq_add(self._memory, slot, end, -1, start - end)
+        # llama.cpp rotates the keys when it decodes next. Stopped there, it would rotate some of them again later.
+        position = ll.llama_memory_seq_pos_max(self._memory, slot)
+        ll.llama_memory_seq_rm(self._memory, slot, position, -1)
+        step = self.stepper(slot)
+        with self._unstoppable():
+            step(last, position)
 
     def save(self, slot: int, ids: Sequence[int], path: Path) -> None:
         tokens = (ll.llama_token * len(ids))(*ids)
@@ -275,6 +282,17 @@ class LlamaEngine:
             ll.llama_memory_seq_rm(self._memory, slot, -1, -1)
             raise OSError(f"llama.cpp could not read {path.name}")
         return list(tokens[: count.value])
+
+    @contextmanager
+    def _unstoppable(self) -> Iterator[None]:
+        """What is evaluated inside is evaluated, and an interrupt waits."""
+        stopped, self._stopped = self._stopped, False
+        ll.llama_set_abort_callback(self._context, _NEVER, None)
+        try:
+            yield
+        finally:
+            self._stopped = self._stopped or stopped
+            ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
 
     def interrupt(self) -> None:
         self._stopped, self._stop[0] = True, b"\x01"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pexpect
 import pytest
 
 from koala_local.chat.history import History, Node
-from tests.e2e.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_J, ENTER, Terminal
+from tests.e2e.terminal import ALT_ENTER, CTRL_C, CTRL_D, CTRL_J, ENTER, KOALA, Terminal
 from tests.gguf_maker import make_model
 
 Open = Callable[..., Terminal]
@@ -139,6 +141,26 @@ def test_what_is_typed_during_a_reply_is_in_the_next_prompt(koala: Open, slow_mo
     assert terminal.text.count("typed meanwhile") == 1
 
 
+def test_what_is_typed_before_a_reply_is_stopped_stays(koala: Open, slow_model: Path) -> None:
+    terminal = koala("--max-tokens", "0", "--temperature", "0", model=slow_model)
+    terminal.keys("hello\r")
+    terminal.wait(lambda: not terminal.bar and len(terminal.text.partition("> hello\n")[2]) > 5, "a reply")
+    terminal.keys("typed meanwhile")
+    terminal.keys(CTRL_C)
+    terminal.wait_for("stopped; what is written is kept")
+    terminal.wait(lambda: terminal.typed == "> typed meanwhile", "what was typed")
+
+
+def test_a_long_message_that_is_refused_does_not_hide_why(koala: Open) -> None:
+    terminal = koala()
+    terminal.keys("y " * 1500 + "\r")
+    terminal.wait_for("arrow up brings the message")
+    terminal.ready()
+    assert "context holds 1024" in terminal.text
+    terminal.keys("\x1b[A")
+    terminal.wait(lambda: "y y y" in terminal.typed, "the message")
+
+
 def test_lines_that_are_sent_all_at_once_are_taken_one_by_one(koala: Open, home: Path) -> None:
     terminal = koala()
     for line in ("first", "second", "/undo", "third"):
@@ -167,6 +189,25 @@ def test_ctrl_c_while_the_prompt_is_read_gives_the_message_back(koala: Open, hom
     terminal.wait(lambda: terminal.typed == "> what is it about?" and bool(terminal.bar), "the message in the prompt")
     assert "read " not in terminal.text.replace("already", "")
     assert History.open(home / "data").sessions() == []
+
+
+def test_replies_go_into_a_file_and_the_prompt_does_not(home: Path, model: Path) -> None:
+    command = f"exec {KOALA} chat {model} --seed 1 --max-tokens 4 > out.txt"
+    environment = dict(os.environ) | {"KOALA_HOME": str(home), "TERM": "xterm"}
+    child = pexpect.spawn("/bin/sh", ["-c", command], env=environment, cwd=home.parent, timeout=30)
+    child.expect_exact("\x1b[6n")  # where is the cursor?
+    child.send("\x1b[1;1R")
+    child.expect("0/1024")
+    child.send("hello\r")
+    child.expect_exact("\x1b[6n")
+    child.send("\x1b[1;1R")
+    child.expect("tokens/s")
+    child.send(CTRL_D)
+    child.expect(pexpect.EOF)
+    written = (home.parent / "out.txt").read_text()
+    assert "Tiny" in written
+    assert f"\n\n{saved(home)[0].reply.split()[0]}" in written
+    assert not any(text in written for text in ("hello", "tokens/s", "0/1024", "\x1b"))
 
 
 def test_resume(koala: Open) -> None:

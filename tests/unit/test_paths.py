@@ -8,7 +8,7 @@ import platformdirs
 import pytest
 
 from koala_local import paths
-from koala_local.errors import SessionError
+from koala_local.errors import KoalaError, SessionError
 
 
 def test_one_variable_moves_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,3 +77,9 @@ def test_a_typed_path_may_be_quoted() -> None:
     assert paths.typed_path("my notes.md") == paths.typed_path("'my notes.md'") == Path("my notes.md")
     assert paths.typed_path('"~/notes.md"') == Path.home() / "notes.md"
     assert paths.typed_path("'") == Path("'") and paths.typed_path("'a") == Path("'a")
+    assert paths.typed_path("my\\ notes.md") == paths.typed_path("my notes.md") == Path("my notes.md")
+
+
+def test_a_typed_path_that_the_system_does_not_take() -> None:
+    with pytest.raises(KoalaError, match="too long"):
+        paths.typed_path("a" * 300 + ".md")

@@ -11,10 +11,11 @@ from koala_local.chat.conversation import Conversation, reply_seed
 from koala_local.chat.history import History
 from koala_local.chat.kv_files import KvFiles
 from koala_local.chat.ledger import Ledger
+from koala_local.chat.template import JinjaFormat
 from koala_local.dialogue import FORMATS, KOALA
 from koala_local.engine.llama import LlamaEngine
 from koala_local.engine.sampling import Sampling
-from koala_local.errors import KoalaError, SessionError
+from koala_local.errors import KoalaError, SessionError, TemplateError
 from tests.engines import tiny_engine
 
 Open = Callable[..., Conversation]
@@ -115,6 +116,8 @@ def test_branches_by_name(open_chat: Open) -> None:
     assert [node.user for node in chat.path()] == ["one", "two"]
     with pytest.raises(KoalaError, match="already"):
         chat.branch(None, "first try")
+    with pytest.raises(KoalaError, match="called first try"):
+        chat.branch(None, "second name")  # the first would be lost
     with pytest.raises(KoalaError, match="no branch"):
         chat.switch("nowhere")
 
@@ -184,6 +187,11 @@ def test_a_second_program_opens_a_branch(open_chat: Open, notes: list[str], tmp_
     assert not (second.files._folder / f"{first.session.id}.kv").exists()
     second.save()
     assert not (second.files._folder / f"{first.session.id}.kv").exists()
+    with pytest.raises(KoalaError, match="another window"):
+        second.rename("a title")
+    second.set_system("Be brief.")
+    assert "not saved" in notes[-1]
+    assert (first.history.load(first.session.id)[0].system, second.system) == ("", "Be brief.")
 
 
 def test_another_format_keeps_the_text(open_chat: Open) -> None:
@@ -241,6 +249,43 @@ def test_a_disk_that_refuses_does_not_end_the_chat(
     assert [node.user for node in nodes] == ["one", "two", "two", "three"]
     assert {node.id: node for node in nodes} == chat.nodes
     assert session.head == chat.head
+    assert notes[1:] == ["all turns are saved again"]
+
+
+def test_turns_that_cannot_be_saved_are_told_of_before_they_are_left(
+    open_chat: Open, notes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = open_chat()
+    chat.send("one", quiet)
+    assert chat.session is not None
+    session = chat.session.id
+    with monkeypatch.context() as broken:
+        broken.setattr(chat.history, "_check_file", lambda: (_ for _ in ()).throw(SessionError("full")))
+        chat.send("two", quiet)
+    chat.resume(session)  # the disk has room again
+    assert [node.user for node in chat.path()] == ["one", "two"]
+    with monkeypatch.context() as broken:
+        broken.setattr(chat.history, "_check_file", lambda: (_ for _ in ()).throw(SessionError("full")))
+        chat.send("three", quiet)
+        notes.clear()
+        chat.new()
+    assert notes == ["1 turn is lost: the disk refused to save them"]
+
+
+def test_a_waiting_turn_is_saved_once(open_chat: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = open_chat()
+    chat.send("one", quiet)
+    with monkeypatch.context() as broken:
+        broken.setattr(chat.history, "_check_file", lambda: (_ for _ in ()).throw(SessionError("full")))
+        chat.send("two", quiet)
+        chat.branch(None, "kept")
+    with monkeypatch.context() as broken:
+        broken.setattr(chat.history, "name_node", lambda *_: (_ for _ in ()).throw(SessionError("full")))
+        chat.save()
+    chat.save()
+    assert chat.session is not None
+    nodes = chat.history.load(chat.session.id)[1]
+    assert [(node.user, node.name) for node in nodes] == [("one", ""), ("two", "kept")]
 
 
 def test_the_user_is_told_which_turns_left(open_chat: Open, notes: list[str]) -> None:
@@ -251,6 +296,51 @@ def test_the_user_is_told_which_turns_left(open_chat: Open, notes: list[str]) ->
     chat.regenerate(quiet)
     assert len(notes) == 1  # not again for another reply at the same place
     assert chat.path()[-1].dropped > 0
+
+
+def test_turns_are_seen_again_where_the_prompt_is_made_anew(open_chat: Open, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    chat = open_chat(engine=tiny_engine(tmp_path / "small", context=256))
+    while not chat.path() or not chat.path()[-1].dropped:
+        chat.send("something to say that takes a few tokens", quiet)
+    assert chat.session is not None
+    turns = len(chat.path())
+    larger = tiny_engine(tmp_path / "small", context=1024)
+    chat.use_model(lambda: Ledger(larger, KOALA), "larger", lambda: pytest.fail("the new model loads"))
+    assert {node.dropped for node in chat.history.load(chat.session.id)[1]} == {0}
+    answer = chat.send("and now", quiet)
+    assert (answer.stats.dropped_turns, answer.stats.prompt_tokens > 256, len(chat.path())) == (0, True, turns + 1)
+    chat.close()
+
+
+@pytest.mark.parametrize("dropped", [5, -1, 2**62])
+def test_a_damaged_count_of_turns_that_left_keeps_the_message(open_chat: Open, dropped: int) -> None:
+    chat = open_chat()
+    chat.send("one", quiet)
+    (number,) = chat.nodes
+    chat.nodes[number] = chat.nodes[number]._replace(dropped=dropped)
+    prompt = chat.send("two", quiet).stats.prompt_tokens
+    assert prompt > own(chat, "two")
+
+
+def test_where_a_template_fails_the_walk_is_made_and_the_message_refused(open_chat: Open) -> None:
+    source = (
+        "{{ bos_token }}{% for m in messages %}{% if m.content == 'apple' %}{{ raise_exception('none') }}{% endif %}"
+        "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    chat = open_chat()
+    chat.send("apple", quiet)
+    chat.undo()
+    chat.send("pear", quiet)
+    with JinjaFormat(source, name="j", specials=set(), bos_text="<s>", eos_text="</s>", add_bos=True) as format:
+        chat.use_format(format)
+        chat.switch("1")
+        assert [node.user for node in chat.path()] == ["apple"]
+        with pytest.raises(TemplateError):
+            chat.send("on", quiet)
+        assert [node.user for node in chat.path()] == ["apple"]
+        chat.switch("2")
+        assert chat.send("on", quiet).stats.prompt_tokens > 0
 
 
 def test_new_leaves_the_old_session_saved(open_chat: Open) -> None:

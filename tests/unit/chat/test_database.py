@@ -231,16 +231,20 @@ from pathlib import Path
 from koala_local.chat.history import History
 from koala_local.errors import SessionError
 history = History.open(Path(sys.argv[1]))
+saved = len(history.sessions())
 session = history.create(model="m", format="f", system="", seed=1)
-node = history.add_turn(session.id, parent=None, user="u", reply="r", finish="stop", reply_ids=(1,), vocabulary="v",
-                        attempt=0, dropped=0)
-assert history.load(session.id)[1] == [node]
-print(json.dumps([history.warning, str(history.path)]))
+try:
+    node = history.add_turn(session.id, parent=None, user="u", reply="r", finish="stop", reply_ids=(1,), vocabulary="v",
+                            attempt=0, dropped=0)
+    assert history.load(session.id)[1] == [node]
+except SessionError as error:
+    assert history.path and error.hint, error
+print(json.dumps([history.warning, str(history.path), saved]))
 """
 
 
-def in_child(folder: Path) -> tuple[str, str]:
-    """(warning, path) of a history opened, and talked in, by a program without root's powers."""
+def in_child(folder: Path) -> tuple[str, str, int]:
+    """(warning, path, saved sessions) of a history opened, and talked in, by a program without root's powers."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder)],
         preexec_fn=as_ordinary_user,
@@ -250,13 +254,13 @@ def in_child(folder: Path) -> tuple[str, str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    warning, path = json.loads(done.stdout)
-    return warning, path
+    warning, path, saved = json.loads(done.stdout)
+    return warning, path, saved
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="modes as on Linux")
 @pytest.mark.parametrize("what", ["missing", "folder", "file", "unreadable"])
-def test_read_only_means_in_memory(folder: Path, what: str) -> None:
+def test_what_the_modes_forbid(folder: Path, what: str) -> None:
     if what == "missing":
         folder.parent.chmod(0o500)
     else:
@@ -265,14 +269,113 @@ def test_read_only_means_in_memory(folder: Path, what: str) -> None:
             {"folder": 0o500, "file": 0o400, "unreadable": 0}[what]
         )
     try:
-        warning, path = in_child(folder)
+        warning, path, saved = in_child(folder)
     finally:
         folder.parent.chmod(0o700)
-    if what == "folder":  # the mode of our own folder is ours to mend
-        assert (warning, path) == ("", str(folder / "sessions.db")) or "not be saved" in warning
-    else:
-        assert path == "None" and "not be saved" in warning and str(folder) in warning and "\n" not in warning
-    assert list(folder.glob("*damaged*")) == []
+    read = what in ("folder", "file")
+    assert (path, saved) == ((str(folder / "sessions.db"), 1) if read else ("None", 0))
+    assert "not be saved" in warning and str(folder) in warning and "\n" not in warning
+    assert ("nor can the saved ones be read" in warning) == (what == "unreadable")
+    assert {path.name for path in folder.glob("*")} <= {"sessions.db", "sessions.lock"}
+
+
+def forbid_writing(folder: Path) -> None:
+    """Also for root: what is to be locked before anything is written cannot be."""
+    (folder / "sessions.lock").unlink(missing_ok=True)
+    (folder / "sessions.lock").mkdir()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["data", "my data?mode=rw#50%25 é"])
+def test_what_cannot_be_written_is_still_read(tmp_path: Path, name: str) -> None:
+    file = filled(tmp_path / name, turns=3)
+    forbid_writing(file.parent)
+    before = contents(file.parent)
+    history = History.open(file.parent)
+    assert history.path == file and "not be saved" in history.warning and "\n" not in history.warning
+    (summary,) = history.sessions()
+    assert summary.turns == 3 and len(history.load(summary.id)[1]) == 3
+    with pytest.raises(SessionError) as caught:
+        say(history, begin(history))
+    assert "writable" in caught.value.hint
+    history.close()
+    assert contents(file.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("left", "read"),
+    [
+        (("-wal", "-shm"), True),  # as after a crash
+        (("-wal",), False),
+        (("-shm",), None),  # the turns were in the log
+    ],
+)
+def test_a_log_that_was_left_is_read_or_said_to_be_unread(
+    folder: Path, tmp_path: Path, left: tuple[str, ...], read: bool | None
+) -> None:
+    history = History.open(folder)
+    say(history, begin(history))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for suffix in ("", *left):
+        shutil.copy(folder / f"sessions.db{suffix}", copy)
+    history.close()
+    forbid_writing(copy)
+    before = contents(copy)
+    history = History.open(copy)
+    assert "not be saved" in history.warning and len(history.sessions()) == bool(read)
+    assert (history.path is not None) == bool(read) and ("write-ahead log" in history.warning) == (read is False)
+    history.close()
+    after = contents(copy)
+    assert after.keys() == before.keys() and all(after[name] == before[name] for name in before if "shm" not in name)
+
+
+def test_an_empty_log_hides_nothing(folder: Path) -> None:
+    filled(folder)
+    (folder / "sessions.db-wal").touch()
+    forbid_writing(folder)
+    history = History.open(folder)
+    assert len(history.sessions()) == 1
+    history.close()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short", b"nonsense" * 100])
+def test_what_cannot_be_read_either_is_in_memory(folder: Path, content: bytes | None) -> None:
+    folder.mkdir()
+    forbid_writing(folder)
+    if content is not None:
+        (folder / "sessions.db").write_bytes(content)
+    before = contents(folder)
+    history = still_chats(folder)
+    assert history.path is None and "not be saved" in history.warning
+    assert ("nor can the saved ones be read" in history.warning) == bool(content)
+    assert contents(folder) == before
+
+
+def test_a_newer_version_is_not_read_either(folder: Path) -> None:
+    file = filled(folder)
+    connection = sqlite3.connect(file)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    forbid_writing(folder)
+    history = still_chats(folder)
+    assert history.path is None and "not be saved" in history.warning and "newer version" in history.warning
+
+
+def test_the_turns_of_a_program_that_can_write_are_seen(folder: Path) -> None:
+    writing = History.open(folder)
+    first = begin(writing)
+    say(writing, first)
+    forbid_writing(folder)
+    reading = History.open(folder)
+    say(writing, begin(writing))
+    assert len(reading.sessions()) == 2
+    reading.close()
+    say(writing, first)
+    writing.close()
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "\0", "x" * 5000, "/proc/nowhere"])
@@ -379,6 +482,50 @@ assert other.path is not None or "not be saved" in other.warning
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     command = ["unshare", "--mount", sys.executable, "-c", TMPFS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("may not mount")
+    assert done.returncode == 0, done.stderr
+
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+place = Path(sys.argv[1])
+def mount(*options): return subprocess.run(["mount", *options, str(place)], capture_output=True).returncode
+if mount("-t", "tmpfs", "tmpfs"):
+    sys.exit(77)
+from koala_local.chat.history import History
+from koala_local.errors import SessionError
+def say(session, parent): return history.add_turn(session.id, parent=parent, user="u", reply="r", finish="stop",
+    reply_ids=(1,), vocabulary="v", attempt=0, dropped=0)
+history = History.open(place / "data")
+session = history.create(model="m", format="f", system="", seed=1)
+kept = [say(session, None)]
+left = {path.name: path.read_bytes() for path in (place / "data").iterdir() if path.is_file()}
+history.close()
+if sys.argv[2] == "crashed":
+    for name, content in left.items():
+        (place / "data" / name).write_bytes(content)
+if mount("-o", "remount,ro"):
+    sys.exit(77)
+history = History.open(place / "data")
+assert history.path and "not be saved" in history.warning, history.warning
+assert history.latest().id == session.id and history.load(session.id)[1] == kept
+for target in (session, history.create(model="m", format="f", system="", seed=1)):
+    try:
+        say(target, None)
+        raise AssertionError("it was written")
+    except SessionError as error:
+        assert "writable" in error.hint, error.hint
+history.close()
+"""
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a disk")
+@pytest.mark.parametrize("left", ["closed", "crashed"])
+def test_a_disk_that_is_really_read_only(tmp_path: Path, left: str) -> None:
+    command = ["unshare", "--mount", sys.executable, "-c", READ_ONLY, str(tmp_path), left]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("may not mount")

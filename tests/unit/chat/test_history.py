@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -319,6 +319,34 @@ def test_a_write_that_fails_changes_nothing_and_can_be_repeated(folder: Path) ->
     history.close()
     with pytest.raises(SessionError):
         say(history, session)
+
+
+def test_a_history_that_can_only_be_read_refuses_every_change(folder: Path) -> None:
+    history = History.open(folder)
+    session = begin(history)
+    node = say(history, session)
+    history.set_setting("model", "a")
+    history = reopened(history, folder)
+    before = history.load(session.id)
+    history.close()
+    (folder / "sessions.lock").unlink()
+    (folder / "sessions.lock").mkdir()  # nothing is written where it cannot be locked, also by root
+    history = History.open(folder)
+    changes: list[Callable[[], object]] = [
+        lambda: say(history, session, node.id),
+        lambda: say(history, begin(history)),
+        lambda: history.set_head(session.id, None),
+        lambda: history.update(session.id, title="x"),
+        lambda: history.name_node(node.id, "x"),
+        lambda: history.remove(session.id),
+        lambda: history.set_setting("model", "b"),
+    ]
+    for change in changes:
+        with pytest.raises(SessionError) as caught:
+            change()
+        assert "writable" in caught.value.hint
+    assert history.load(session.id) == before and history.setting("model") == "a"
+    history.close()
 
 
 def test_a_file_taken_away_while_running_is_noticed(folder: Path) -> None:

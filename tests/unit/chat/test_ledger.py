@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from koala_local.chat.ledger import KEEP, Answer, Exchange, Ledger, Overflow
-from koala_local.dialogue import FORMATS, KOALA, BuiltinFormat, Turn
+from koala_local.dialogue import (
+    BOS,
+    FORMATS,
+    KOALA,
+    BuiltinFormat,
+    Control,
+    Dialogue,
+    Reply,
+    Segment,
+    Text,
+    Turn,
+)
 from koala_local.engine.llama import LlamaEngine
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import ContextError, Interrupted
@@ -157,6 +169,25 @@ def test_too_long_a_message_is_refused_and_nothing_changes(ledger: Ledger) -> No
     with pytest.raises(ContextError, match="the message needs"):
         ledger.reply("", [*talk.path, Exchange(Turn("x" * 3 * CONTEXT))], 0, SAMPLING, 0)
     assert talk.say("second").stats.evaluated_tokens == own_tokens(ledger, "second")
+
+
+def test_a_message_is_refused_where_what_closes_a_reply_leaves_no_room_for_one(engine: LlamaEngine) -> None:
+    def write(dialogue: Dialogue) -> Iterator[Segment]:
+        yield BOS
+        for index, turn in enumerate(dialogue.turns):
+            yield Text(f"user: {turn.user}")
+            if turn.reply is not None:
+                yield Reply(index, turn.reply, spaced=True)
+                yield Control("<|the end of this message|>")  # spelled out: more than the shortest reply
+
+    ledger = Ledger(engine, BuiltinFormat("long end", write))
+    answers = []
+    for length in range(CONTEXT - 80, CONTEXT):
+        with suppress(ContextError):
+            answers.append(ledger.reply("", [Exchange(Turn("z" * length))], 0, SAMPLING, 0))
+    assert 0 < len(answers) < 80
+    assert all(answer.ids and answer.stats.ttft_s > 0 for answer in answers)
+    ledger.cache.clear()
 
 
 def test_megabytes_are_refused_without_being_tokenized(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,8 +130,8 @@ def at_once(text: str, width: int, height: int = 24) -> list[str]:
     return shown.rows()
 
 
-def letters(text: str) -> Counter[str]:
-    return Counter(filter(str.isalpha, text))
+def letters_and_digits(text: str) -> Counter[str]:
+    return Counter(filter(str.isalnum, text))
 
 
 def words(text: str) -> list[str]:
@@ -172,11 +172,18 @@ MARKS = [
 ]
 WORDS = ["word ", "and more words ", "\t", "---", "===", "> q", "日本", "42", "10. ", "<b>", "[x](y)", "http://a.b "]
 TABLES = ["| x | y |", "\n|--|--|\n", "|", "|-"]
+# Lines of marks and little else, so that many a list item, heading and quote is empty.
+LINES = st.lists(
+    st.lists(st.sampled_from(["1.", "-", "#", "##", ">", "a", "23.", "007)", "5)", "```", "**b**", " "]), max_size=4),
+    max_size=8,
+).map(lambda lines: list("\n".join(map(" ".join, lines))))
 
 
 # No tables: a line that could be a list item or a table's head is one or the other, as more or less of it is known.
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.sampled_from(MARKS + WORDS), max_size=40), st.integers(8, 30), st.sampled_from([0.0, 0.04, 1]))
+@given(
+    st.lists(st.sampled_from(MARKS + WORDS), max_size=40) | LINES, st.integers(8, 30), st.sampled_from([0.0, 0.04, 1])
+)
 @example(["para", "\n", "#", "hash"], 20, 1)
 @example(["para", "\n", "-", " ", "item"], 20, 1)
 @example(["para", "\n", "***", "bold", "***"], 20, 1)
@@ -189,13 +196,13 @@ def test_a_stream_ends_as_the_whole_would(pieces: list[str], width: int, seconds
     assert shown.rows() == at_once("".join(pieces), width, 8)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.sampled_from(MARKS + WORDS + TABLES), max_size=40), st.sampled_from([0.0, 0.04, 1]))
-def test_no_letter_is_lost(pieces: list[str], seconds: float) -> None:
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(MARKS + WORDS + TABLES), max_size=40) | LINES, st.sampled_from([0.0, 0.04, 1]))
+def test_no_letter_and_no_digit_is_lost(pieces: list[str], seconds: float) -> None:
     shown = Shown(30, 8)
     with shown.view:
         shown.feed(pieces, seconds)
-    assert not letters("".join(pieces)) - letters("".join(shown.rows()))
+    assert not letters_and_digits("".join(pieces)) - letters_and_digits("".join(shown.rows()))
 
 
 @settings(max_examples=100, deadline=None)
@@ -282,7 +289,36 @@ def test_a_table_never_cuts_a_word(width: int) -> None:
 
 def test_list_items_keep_the_numbers_the_model_wrote() -> None:
     shown = at_once("3. c\n4. d\n10. j\n\ntext\n\n1. a\n1. b", 80)
-    assert shown == [" 3 c", " 4 d", " 10 j", "", "text", "", " 1 a", " 1 b", ""]
+    assert shown == [" 3. c", " 4. d", " 10. j", "", "text", "", " 1. a", " 1. b", ""]
+    assert at_once("1986. A great year", 80) == [" 1986. A great year", ""]
+    assert at_once("00007. bond", 80) == [" 00007. bond", ""]
+    assert at_once("9) x\n   1. y\n   20. z", 80) == [" 9) x", "     1. y", "     20. z", ""]
+
+
+EMPTY = {
+    **{text: [text] for text in ["23.", "1986.", "5)", "-", "*", "+", "#", "## ##", ">", "> >", "1. 2.", "> - 23."]},
+    "10.\n\n11.": ["10.", "", "11."],
+    "1.\n2. b": ["1.", " 2. b"],
+    "- a\n-\n- b": [" • a", "-", " • b"],
+    "- # a\n  1.\n  2. b\n- c": ["- # a", "  1.", "  2. b", " • c"],
+    "> a\n> #\n\n>\n\nb": ["> a", "> #", "", ">", "", "b"],
+}
+
+
+@pytest.mark.parametrize("text", EMPTY)
+def test_an_empty_item_heading_or_quote_is_shown_as_it_was_written(text: str) -> None:
+    assert at_once(text, 80) == [*EMPTY[text], ""]
+    shown = Shown()
+    shown.feed([*text, "\n"], 1)
+    assert shown.rows() == EMPTY[text]
+    shown.view.close()
+    assert shown.rows() == [*EMPTY[text], ""]
+
+
+def test_long_numbers_leave_no_text_without_room() -> None:
+    for depth in range(1, 12):
+        text = "123456789. " * depth + "word"
+        assert not Counter(words(text)) - Counter(words("\n".join(at_once(text, 60))))
 
 
 def test_a_block_that_shrinks_leaves_nothing_behind() -> None:

@@ -14,7 +14,7 @@ from koala_local.chat.front import say
 from koala_local.chat.ledger import Ledger
 from koala_local.chat.loader import LoadedModel
 from koala_local.dialogue import KOALA
-from koala_local.errors import Interrupted, KoalaError, ModelFileError, TemplateError
+from koala_local.errors import ContextError, Interrupted, KoalaError, ModelFileError, TemplateError
 from koala_local.models.gguf_header import read_header
 from tests.engines import tiny_engine
 from tests.gguf_maker import make_model
@@ -96,6 +96,13 @@ def test_attach_goes_in_front_of_the_next_message(front: Recorder, tmp_path: Pat
     assert "nothing is attached" in front.run("/attach")
     front.run(f'/attach "{tmp_path}/notes.txt"')
     assert "nothing is attached" in front.run("/attach none")
+    (tmp_path / "long.txt").write_text("word " * 70)
+    for _ in range(6):  # each fits, all do not
+        front.run(f"/attach {tmp_path}/long.txt")
+    with pytest.raises(ContextError) as caught:
+        say(front, "what is this?")
+    assert "/attach none" in caught.value.hint
+    front.run("/attach none")
     front.run(f"/attach {tmp_path}/notes.txt")
     assert "without notes.txt" in front.run("/new")
     assert "without" not in front.run("/new")

@@ -25,7 +25,7 @@ from koala_local.engine.gptq_files import TensorFiles, read_layout, read_model_s
 from koala_local.engine.gptq_kernels import Unfit
 from koala_local.engine.gptq_linear import Placement
 from koala_local.engine.sampling import Sampling
-from koala_local.errors import Interrupted
+from koala_local.errors import Interrupted, KoalaError
 from tests.gptq_maker import CONTEXT, ROWS, Made, make_gptq
 
 torch.set_num_threads(1)
@@ -250,6 +250,14 @@ def test_a_failure_inside_a_batch_leaves_the_slot_as_it_was(engine: GptqEngine, 
 def test_a_position_that_is_not_the_slot_s_length_is_a_defect(engine: GptqEngine) -> None:
     with pytest.raises(ValueError, match="slot 0"):
         engine.evaluate([1], slot=0, position=3)
+
+
+def test_a_closed_engine_says_so(made: Made) -> None:
+    engine = load_gptq(made.folder, CONTEXT)
+    engine.close()
+    engine.close()
+    with pytest.raises(KoalaError, match="no model is loaded"):
+        engine.evaluate([1], slot=0, position=0)
 
 
 # Under the chat

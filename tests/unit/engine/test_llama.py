@@ -118,6 +118,37 @@ def test_an_interrupt_from_another_thread_stops_inside_a_batch(tmp_path: Path) -
     engine.close()
 
 
+def test_a_move_is_done_at_once_whatever_stops_what_follows(engine: LlamaEngine, tmp_path: Path) -> None:
+    ids = [1, *range(10, 90)]
+
+    def logits(slot: int) -> list[float]:
+        engine.evaluate([7], slot=slot, position=41)
+        return engine.logits()
+
+    def moved(*, stopped: bool) -> list[float]:
+        engine.crop(0, 0)
+        engine.evaluate(ids, slot=0, position=0)
+        if stopped:
+            engine.interrupt()
+        engine.shift(0, 5, 45, ids[-1])
+        if stopped:
+            engine._stopped = False  # llama.cpp is called, and stopped itself
+            with pytest.raises(Interrupted):
+                engine.evaluate([7], slot=0, position=41)
+            engine.resume()
+        return logits(0)
+
+    wanted = moved(stopped=False)
+    assert moved(stopped=True) == pytest.approx(wanted, abs=1e-3)
+    engine.crop(0, 0)
+    engine.evaluate(ids, slot=0, position=0)
+    engine.shift(0, 5, 45, ids[-1])
+    left = [*ids[:5], *ids[45:]]
+    engine.save(0, left, tmp_path / "kv")
+    assert engine.load(1, tmp_path / "kv") == left
+    assert logits(1) == pytest.approx(wanted, abs=1e-3)
+
+
 def test_a_message_behind_a_long_history_is_filled_up_and_nothing_shows_it(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m.gguf", context=512)
     with patch.object(llama, "_flash_attention", return_value=ll.LLAMA_FLASH_ATTN_TYPE_ENABLED):

@@ -136,7 +136,7 @@ def _piped_text() -> str | None:
     if not select([sys.stdin], [], [], _SILENCE_S)[0]:
         console.note("waiting for what is piped in; Ctrl-D ends it, and </dev/null says that there is nothing")
     try:
-        return sys.stdin.buffer.read().decode("utf-8").strip()
+        return sys.stdin.buffer.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise KoalaError(
             f"stdin is not UTF-8 text (byte {error.start})", "convert it first, for example with iconv -t utf-8"

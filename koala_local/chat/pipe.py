@@ -90,7 +90,7 @@ def _parse(line: bytes) -> Any:
     if len(line) > _LONGEST_LINE:
         raise KoalaError(f"the line is longer than {_LONGEST_LINE >> 20} MiB", "send less text at a time")
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise KoalaError(f"the line is not JSON: {error}", "send one JSON object a line, in UTF-8") from None
 

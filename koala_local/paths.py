@@ -38,23 +38,33 @@ def cache_folder() -> Path:
 
 
 def typed_path(text: str) -> Path:
-    """The path that someone typed, or pasted as a shell takes it; ~ is the home folder. Raises KoalaError for a name
-    that the system does not take, or a folder that may not be looked into."""
-    path = Path(os.path.expanduser(unquoted(text)))
-    try:
-        path.exists()
-    except OSError as error:
-        raise KoalaError(f"{text[:80]!r} cannot be used: {error.strerror}", "check the name and its folders") from None
-    return path
+    """The path that someone typed; ~ is the home folder. Raises KoalaError as `unquoted` does."""
+    return Path(os.path.expanduser(unquoted(text)))
 
 
 def unquoted(text: str) -> str:
-    """What a shell takes `text` for, if for one word: without quotes around it, and backslashes before its spaces."""
+    """The name that someone typed, or pasted as a shell takes it: without quotes and backslashes, unless a file is
+    called `text` itself. Raises KoalaError where the system does not take it, or the folder may not be looked into."""
+    word = _shell_word(text)
+    for name in (text, word):
+        try:
+            os.stat(os.path.expanduser(name))
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            continue
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise KoalaError(f"{name[:80]!r} cannot be used: {reason}", "check the name and its folders") from None
+        return name
+    return word
+
+
+def _shell_word(text: str) -> str:
+    """What a shell takes `text` for, if for one word, else `text`."""
     try:
         words = shlex.split(text)
     except ValueError:  # a quote without its second
         return text
-    return words[0] if len(words) == 1 else text
+    return words[0] if len(words) == 1 and words[0] else text
 
 
 def private_folder(folder: Path) -> Path:

@@ -45,10 +45,7 @@ def bar(fields: list[tuple[int, str]], width: int) -> str:
 
 def _context_used(conversation: Conversation) -> int:
     """Tokens that the present line takes in the context."""
-    path = conversation.path()
-    if not path:
-        return 0
     try:
-        return len(conversation.ledger.ids(conversation.system, conversation.exchanges(path), path[-1].dropped))
+        return len(conversation.prompt_ids())
     except KoalaError:  # a template that fails with this conversation: the next reply will say so
         return len(conversation.ledger.cache.ids)

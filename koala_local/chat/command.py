@@ -123,9 +123,13 @@ def chat(model: str | None, prompt: str | None, as_json: bool, **options: Any) -
 
 def _message(prompt: str | None, as_json: bool) -> str | None:
     """What gets one reply: the prompt, behind what is piped in. None where a conversation begins."""
-    piped = None if as_json else _piped_text()
+    if as_json:
+        return prompt
     if prompt is None:
-        return piped
+        return _piped_text()
+    piped = ""
+    with suppress(OSError):  # nohup leaves a stdin that cannot be read
+        piped = _piped_text() or ""
     return f"{piped}\n\n{prompt}" if piped else prompt
 
 
@@ -136,7 +140,7 @@ def _piped_text() -> str | None:
     if not select([sys.stdin], [], [], _SILENCE_S)[0]:
         console.note("waiting for what is piped in; Ctrl-D ends it, and </dev/null says that there is nothing")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig").strip()
+        return sys.stdin.buffer.read().decode("utf-8-sig").lstrip("\r\n").rstrip()
     except UnicodeDecodeError as error:
         raise KoalaError(
             f"stdin is not UTF-8 text (byte {error.start})", "convert it first, for example with iconv -t utf-8"
@@ -265,7 +269,7 @@ def _talk(conversation: Conversation, loaded: LoadedModel, load: LoadOptions, te
 
         from koala_local.chat.repl import Repl
 
-        with create_app_session(output=create_output(always_prefer_tty=True)):  # only replies go into a file or pipe
+        with create_app_session(output=create_output(always_prefer_tty=True)):  # the prompt stays there
             Repl(conversation, loaded, load).run()
 
 

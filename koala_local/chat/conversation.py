@@ -257,9 +257,14 @@ class Conversation:
 
     def warm(self) -> None:
         """Bring the current path into the active slot as far as a held branch has it; evaluates nothing."""
-        self.ledger.cache.adopt(self._prompt())
+        self.ledger.cache.adopt(self.prompt_ids())
 
-    def _prompt(self) -> list[int]:
+    @property
+    def dropped(self) -> int:
+        """How many turns of the current path have left the context."""
+        return _dropped(self.path())
+
+    def prompt_ids(self) -> list[int]:
         """The token ids of the current path, without the turns that left the context."""
         path = self.path()
         return self.ledger.ids(self.system, self.exchanges(path), _dropped(path)) if path else []
@@ -314,8 +319,9 @@ class Conversation:
 
     def resume(self, session_id: str) -> None:
         """Go on with a saved session. Says why when old turns must be evaluated again. Raises SessionError."""
-        self.save()
+        self._save_waiting()
         session, nodes = self.history.load(session_id)
+        self.save()
         self._tell_lost()
         self._begin(session.system)
         self.session, self.head = session, session.head
@@ -346,7 +352,7 @@ class Conversation:
 
     def _tell_cold(self) -> None:
         """Say so when the saved cache does not hold the path that goes on."""
-        ids = self._prompt()
+        ids = self.prompt_ids()
         cold = len(ids) - common_prefix(ids, self.ledger.cache.ids)
         if cold:
             self.note(f"the saved KV cache holds another line or an earlier state: {cold} tokens are evaluated again")
@@ -388,13 +394,13 @@ class Conversation:
 
     def _tell_lost(self) -> None:
         if lost := self.lost_turns():
-            self.note(f"{lost} {'turn is' if lost == 1 else 'turns are'} lost: the disk refused to save them")
+            self.note(f"{lost} {'turn is' if lost == 1 else 'turns are'} lost: the disk refused")
 
     def save(self) -> None:
         """Write what is not saved yet: turns that the disk refused, and the KV cache if it changed."""
         self._save_waiting()
         ids = self.ledger.cache.ids
-        if self.session is None or not self._owner or not ids or ids == self._saved_ids:
+        if self.session is None or not self._owner or not ids or ids == self._saved_ids or self.lost_turns():
             return
         try:
             self.files.save(self.session.id, self.ledger.engine, self.ledger.cache.active, ids)

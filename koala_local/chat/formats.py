@@ -45,8 +45,7 @@ def pick_format(
             raise TemplateError("the model file holds no chat template", f"choose one of: {', '.join(FORMATS)}")
         return jinja(template, "embedded"), "asked for: the model's own chat template"
     if override != "auto":
-        path = typed_path(override)
-        return _named(override) or jinja(_read(path), path.name), f"asked for: {override}"
+        return FORMATS.get(override) or jinja(*_template_file(override)), f"asked for: {override}"
     if "koala" in f"{model_name} {file_name}".lower():
         return KOALA, "the model is called Koala"
     if template == KOALA_TEMPLATE:
@@ -56,14 +55,12 @@ def pick_format(
     return _guessed(f"{model_name} {file_name}", vocabulary)
 
 
-def _named(name: str) -> PromptFormat | None:
-    """The built-in format called `name`; None where it must be a file. Raises TemplateError where it is neither."""
+def _template_file(name: str) -> tuple[str, str]:
+    """The template in the file called `name`, and how to call it. Raises TemplateError, KoalaError for a bad name."""
     path = typed_path(name)
-    if name in FORMATS:
-        return FORMATS[name]
-    if path.exists() or path.suffix in _FILE_SUFFIXES or path.name != name:
-        return None
-    raise TemplateError(f"there is no prompt format called {name!r}", _HINT)
+    if not path.exists() and path.suffix not in _FILE_SUFFIXES and path.name == name:
+        raise TemplateError(f"there is no prompt format called {name!r}", _HINT)
+    return _read(path), path.name
 
 
 def _read(path: Path) -> str:

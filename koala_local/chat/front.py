@@ -53,9 +53,8 @@ def say(front: Front, text: str) -> None:
     try:
         front.answer(lambda on_text, on_prefill: front.conversation.send(message, on_text, on_prefill))
     except ContextError as error:
-        raise ContextError(
-            error.message, "/attach none takes the files off" if front.attachments else error.hint
-        ) from None
+        off = "; /attach none takes the files off" if front.attachments else ""
+        raise ContextError(error.message, error.hint + off) from None
     front.attachments.clear()
 
 

@@ -171,7 +171,7 @@ class Ledger:
     def fit(self, system: str, path: Sequence[Exchange], dropped: int, room: int, least: int) -> int:
         """How many oldest turns must stay away so that the prompt and `room` more tokens fit. Where that is more than
         `dropped`, enough leave at once that the next turns find room as well. Raises ContextError where the last turn
-        alone leaves less than `least`."""
+        alone leaves less than `least` of it."""
         size = self.engine.context_size
         if len(self.ids(system, path, dropped)) + room <= size:
             return dropped

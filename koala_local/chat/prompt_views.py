@@ -21,7 +21,7 @@ _STYLES = {"control": "magenta", "text": "cyan", "reply": "green"}
 
 def tokens_view(conversation: Conversation, turns: int | None) -> RenderableType:
     """The ledger of the last `turns` turns, coloured by segment; without a number, a few hundred tokens of it."""
-    ledger, path, dropped = conversation.ledger, conversation.path(), _dropped(conversation)
+    ledger, path, dropped = conversation.ledger, conversation.path(), conversation.dropped
     exchanges = conversation.exchanges(path)
     pieces = ledger.pieces(conversation.system, exchanges, dropped) if path else []
     before = max(0, len(path) - (turns or SHOWN_TURNS))
@@ -36,11 +36,6 @@ def tokens_view(conversation: Conversation, turns: int | None) -> RenderableType
     lines: list[RenderableType] = [Text(f"... {left_out} tokens before these; /tokens N shows more", "dim")]
     summary = Text(f"{len(ids)} tokens, the first {cached} of them in the KV cache", "dim")
     return Group(*lines[: bool(left_out)], _pieces_table(ledger, shown), summary)
-
-
-def _dropped(conversation: Conversation) -> int:
-    path = conversation.path()
-    return path[-1].dropped if path else 0
 
 
 def _last_tokens(pieces: Sequence[Piece], limit: int) -> tuple[list[Piece], int]:
@@ -84,7 +79,7 @@ def _token_text(ledger: Ledger, names: dict[int, str], token: int) -> str:
 
 def prompt_view(conversation: Conversation) -> RenderableType:
     """The exact text of the prompt, control tokens marked. Before the first turn, that of an example."""
-    path, dropped = conversation.exchanges(conversation.path()), _dropped(conversation)
+    path, dropped = conversation.exchanges(conversation.path()), conversation.dropped
     example = not path
     path = path or [Exchange(Turn("an example message"))]
     ledger = conversation.ledger

@@ -26,7 +26,7 @@ from koala_local.chat.front import Unsent, say
 from koala_local.chat.ledger import Answer
 from koala_local.chat.loader import LoadedModel, LoadOptions
 from koala_local.chat.streaming import Act, ReplyStream
-from koala_local.chat.terminal import on_ctrl_c, raise_interrupt
+from koala_local.chat.terminal import flush_keys, on_ctrl_c, raise_interrupt
 from koala_local.engine.text_stream import one_line, plain
 from koala_local.errors import ContextError, Interrupted, KoalaError
 from koala_local.paths import data_folder
@@ -203,13 +203,16 @@ class Repl:
                 else:
                     say(self, line)
         except Interrupted as stop:
+            flush_keys()  # what was typed meanwhile would be appended
             self._typed = stop.line if isinstance(stop, Unsent) else line
             console.styled("stopped before the first token: nothing is sent", dim=True)
         except KoalaError as error:
             unsent = isinstance(error, ContextError)
-            self._typed = line if unsent and len(line) <= _LONG else ""  # a screenful of it would hide the error
-            back = "; arrow up brings the message back" if unsent and not self._typed else ""
-            self._complain(error.message, error.hint + back)
+            hides = (
+                unsent and len(line) > _LONG and not self._dumb
+            )  # it would fill the screen, with the error above that
+            self._typed = line if unsent and not hides else ""
+            self._complain(error.message, error.hint + ("; arrow up brings the message back" if hides else ""))
         except Exception as error:  # a defect in one command must not take the conversation with it
             self._complain(f"internal error: {type(error).__name__}: {error}", "please report it; you can go on")
         self._tell_notes()

@@ -10,6 +10,7 @@ from koala_local.dialogue import Dialogue, Turn
 from koala_local.engine.sampling import with_setting
 from koala_local.engine.text_stream import one_line, plain
 from koala_local.errors import KoalaError
+from koala_local.paths import unquoted
 
 _LONGEST_LIST = 20
 
@@ -61,7 +62,7 @@ def export(front: Front, argument: str) -> None:
 
 def model(front: Front, reference: str) -> None:
     if reference:
-        change_model(front, reference)
+        change_model(front, unquoted(reference))
         front.last = None
     front.show(views.model_table(front.model))
 

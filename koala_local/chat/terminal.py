@@ -26,6 +26,12 @@ def raise_interrupt() -> NoReturn:
     raise KeyboardInterrupt
 
 
+def flush_keys() -> None:
+    """Forget what was typed and not read yet."""
+    if sys.stdin and sys.stdin.isatty():
+        termios.tcflush(sys.stdin, termios.TCIFLUSH)
+
+
 @contextmanager
 def silent_keys() -> Iterator[None]:
     """Within, what is typed is not shown; the next prompt gets it, Enter as Enter. Prompts and editors set the terminal

@@ -69,7 +69,7 @@ def branch(front: Front, argument: str) -> None:
     conversation = front.conversation
     number, name = _number_first(argument)
     if (name and name[0] in "+-.0123456789") or len(name) > _LONGEST_NAME:
-        hint = f"a name begins with a letter, and has at most {_LONGEST_NAME} characters"
+        hint = f"a name begins with no digit, sign or point, and has at most {_LONGEST_NAME} characters"
         raise KoalaError(f"a branch cannot be called {name[:50]}", hint)
     if number is None and not name:
         hint = "/branch N goes on behind turn N, /branch NAME keeps this line"

@@ -67,10 +67,8 @@ def stats_table(conversation: Conversation, last: Answer | None) -> RenderableTy
                 f"{stats.prompt_tokens} tokens: {stats.reused_tokens} reused, {stats.evaluated_tokens} evaluated",
             ),
         ]
-    ledger, path = conversation.ledger, conversation.path()
+    ledger, dropped, used = conversation.ledger, conversation.dropped, len(conversation.prompt_ids())
     size, held = ledger.engine.context_size, ledger.cache.held
-    dropped = path[-1].dropped if path else 0
-    used = len(ledger.ids(conversation.system, conversation.exchanges(path), dropped)) if path else 0
     rows += [
         ("context", f"{used} of {size} tokens"),
         ("dropped", f"{dropped} {'turn has' if dropped == 1 else 'turns have'} left the context"),

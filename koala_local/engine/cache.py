@@ -120,7 +120,11 @@ class PrefixCache:
         for number in range(len(self._slots)):
             if number != self._active:
                 self._release(number)
-        self.engine.shift(self._active, start, end, self.ids[-1])
+        try:
+            self.engine.shift(self._active, start, end, self.ids[-1])
+        except BaseException:
+            self._release(self._active)  # nobody knows what it holds
+            raise
         self._forget(self._slots[self._active], start, end)
 
     def clear(self) -> None:

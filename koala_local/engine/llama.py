@@ -111,7 +111,6 @@ class LlamaEngine:
         self._memory = ll.llama_get_memory(self._context)
         self.context_size = int(ll.llama_n_ctx(self._context))
         self.trained_context = int(ll.llama_model_n_ctx_train(self._model))
-        self.can_shift = bool(ll.llama_memory_can_shift(self._memory))
         self.evaluated_tokens = 0
         self.cache_key = (
             f"model={fingerprint} context={self.context_size} kv={self.kv_type} flash={_flash_attention(self.kv_type)}"
@@ -119,6 +118,7 @@ class LlamaEngine:
         room = min(_BATCH_GPU if self.gpu_layers else _BATCH, int(ll.llama_n_batch(self._context)))
         self._batch, self._step = Batch(room, _FILLER_SLOT), Batch(1, _FILLER_SLOT)
         plain = not (ll.llama_model_is_recurrent(self._model) or ll.llama_model_is_hybrid(self._model))
+        self.can_shift = plain and bool(ll.llama_memory_can_shift(self._memory))
         flash = _flash_attention(self.kv_type) != ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._tiles = flash and plain and not self.gpu_layers and self.kv_type == "f16"  # llama.cpp has a kernel then
         self._width = int(ll.llama_model_n_embd(self._model))
@@ -262,12 +262,16 @@ class LlamaEngine:
     def shift(self, slot: int, start: int, end: int, last: int) -> None:
         ll.llama_memory_seq_rm(self._memory, slot, start, end)
         ll.llama_memory_seq_add(self._memory, slot, end, -1, start - end)
-        # llama.cpp rotates the keys when it decodes next. Stopped there, it would rotate some of them again later.
-        position = ll.llama_memory_seq_pos_max(self._memory, slot)
+        position, step = ll.llama_memory_seq_pos_max(self._memory, slot), self._step
         ll.llama_memory_seq_rm(self._memory, slot, position, -1)
-        step = self.stepper(slot)
-        with self._unstoppable():
-            step(last, position)
+        step.tokens[0], step.positions[0], step.slot.value = last, position, slot
+        # llama.cpp rotates the keys when it decodes next. Stopped there, it would rotate some of them again later.
+        ll.llama_set_abort_callback(self._context, _NEVER, None)
+        status = ll.llama_decode(self._context, step.batch)
+        ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
+        if status:
+            raise _decode_error(status)
+        self.evaluated_tokens += 1
 
     def save(self, slot: int, ids: Sequence[int], path: Path) -> None:
         tokens = (ll.llama_token * len(ids))(*ids)
@@ -282,17 +286,6 @@ class LlamaEngine:
             ll.llama_memory_seq_rm(self._memory, slot, -1, -1)
             raise OSError(f"llama.cpp could not read {path.name}")
         return list(tokens[: count.value])
-
-    @contextmanager
-    def _unstoppable(self) -> Iterator[None]:
-        """What is evaluated inside is evaluated, and an interrupt waits."""
-        stopped, self._stopped = self._stopped, False
-        ll.llama_set_abort_callback(self._context, _NEVER, None)
-        try:
-            yield
-        finally:
-            self._stopped = self._stopped or stopped
-            ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
 
     def interrupt(self) -> None:
         self._stopped, self._stop[0] = True, b"\x01"

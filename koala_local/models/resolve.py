@@ -12,7 +12,6 @@ from koala_local.errors import ModelFileError
 from koala_local.models import cache, catalog, store
 from koala_local.models import reference as references
 from koala_local.models.reference import HubReference
-from koala_local.paths import unquoted
 from koala_local.wording import first_of
 
 BUNDLED = store.BUNDLED
@@ -85,7 +84,7 @@ def _bundled() -> Path:
 def expanded(reference: str) -> Path:
     """The absolute path that `reference` is, when it is one."""
     try:
-        return Path(unquoted(reference)).expanduser().absolute()
+        return Path(reference).expanduser().absolute()
     except RuntimeError:  # ~nobody
         raise ModelFileError(f"there is no home folder for {reference!r}", "write the path out") from None
 

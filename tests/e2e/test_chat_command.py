@@ -67,6 +67,14 @@ def test_a_prompt_follows_what_is_piped_in(home: Path, model: Path, tmp_path: Pa
         assert '"Name them."' in said or b"cat" in piped
 
 
+def test_a_stdin_that_cannot_be_read_holds_nothing(home: Path, model: Path) -> None:
+    """As nohup leaves it."""
+    with open(os.devnull, "wb") as unreadable:
+        command = [KOALA, "chat", str(model), "-p", "hello", "--max-tokens", "2"]
+        environment = os.environ | {"KOALA_HOME": str(home)}
+        assert subprocess.run(command, stdin=unreadable, env=environment, check=False).returncode == 0
+
+
 def test_a_silent_pipe_is_told_of(home: Path, model: Path) -> None:
     command = [KOALA, "chat", str(model), "-p", "hello", "--max-tokens", "2"]
     environment = os.environ | {"KOALA_HOME": str(home)}

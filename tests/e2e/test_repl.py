@@ -184,7 +184,7 @@ def test_ctrl_c_while_the_prompt_is_read_gives_the_message_back(koala: Open, hom
     terminal.send("/attach long.txt")
     terminal.keys("what is it about?\r")
     terminal.wait_for("read ")
-    terminal.keys(CTRL_C)
+    terminal.keys("typed meanwhile\r" + CTRL_C)
     terminal.wait_for("stopped before the first token")
     terminal.wait(lambda: terminal.typed == "> what is it about?" and bool(terminal.bar), "the message in the prompt")
     assert "read " not in terminal.text.replace("already", "")

@@ -80,6 +80,13 @@ def test_a_typed_path_may_be_quoted() -> None:
     assert paths.typed_path("my\\ notes.md") == paths.typed_path("my notes.md") == Path("my notes.md")
 
 
+def test_a_file_that_is_called_as_typed_comes_first(tmp_path: Path) -> None:
+    for name in ("a\\b.md", "'quoted'", "Rock'n'Roll.md"):
+        (tmp_path / name).touch()
+        assert paths.typed_path(f"{tmp_path}/{name}") == tmp_path / name
+    assert paths.unquoted("''") == "''"
+
+
 def test_a_typed_path_that_the_system_does_not_take() -> None:
     with pytest.raises(KoalaError, match="too long"):
         paths.typed_path("a" * 300 + ".md")

@@ -269,7 +269,7 @@ def test_turns_that_cannot_be_saved_are_told_of_before_they_are_left(
         chat.send("three", quiet)
         notes.clear()
         chat.new()
-    assert notes == ["1 turn is lost: the disk refused to save them"]
+    assert notes == ["1 turn is lost: the disk refused"]
 
 
 def test_a_waiting_turn_is_saved_once(open_chat: Open, monkeypatch: pytest.MonkeyPatch) -> None:

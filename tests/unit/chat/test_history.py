@@ -338,6 +338,7 @@ def test_a_history_that_can_only_be_read_refuses_every_change(folder: Path) -> N
         lambda: history.set_head(session.id, None),
         lambda: history.update(session.id, title="x"),
         lambda: history.name_node(node.id, "x"),
+        lambda: history.forget_dropped(session.id),
         lambda: history.remove(session.id),
         lambda: history.set_setting("model", "b"),
     ]

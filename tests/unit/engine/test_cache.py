@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from koala_local.engine.bindings import ll
 from koala_local.engine.cache import PrefixCache, common_prefix
 from koala_local.engine.llama import LlamaEngine
-from koala_local.errors import ContextError, Interrupted
+from koala_local.errors import ContextError, Interrupted, KoalaError
 from tests.engines import tiny_engine
 
 TOLERANCE = 0.02  # logits of the same ids through other batch cuts differ a little; the spread here is above 1
@@ -127,6 +128,16 @@ def test_shift_moves_what_follows_down(cache: PrefixCache) -> None:
     assert cache.ids == [1, *range(10, 14), *range(34, 60)]
     assert cache.used_cells == cells - 20
     assert read(cache, [*cache.ids, 7]) == 1
+
+
+def test_a_shift_that_fails_leaves_an_empty_slot(cache: PrefixCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(cache, [1, *range(10, 60)])
+    with monkeypatch.context() as broken:
+        broken.setattr(ll, "llama_decode", lambda *_: -3)
+        with pytest.raises(KoalaError):
+            cache.shift(5, 25)
+    assert (cache.ids, cache.used_cells) == ([], 0)
+    assert read(cache, [1, 10, 11]) == 3
 
 
 def test_an_interrupt_keeps_what_was_evaluated(cache: PrefixCache) -> None:

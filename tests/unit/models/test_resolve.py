@@ -115,9 +115,10 @@ def test_a_folder_without_a_model_and_with_many(folder: Path) -> None:
     assert error.hint == "choose one: '0.gguf', '1.gguf', '2.gguf', '3.gguf', '4.gguf' and 2 more"
 
 
-def test_a_name_may_be_quoted(folder: Path) -> None:
-    (folder / "my model.gguf").touch()
-    assert resolve("'my model.gguf'", None) == resolve('"my model.gguf"', None) == folder / "my model.gguf"
+def test_a_name_keeps_its_quotes_and_backslashes(folder: Path) -> None:
+    for name in ("Rock'n'Roll.gguf", "a\\b.gguf"):
+        (folder / name).touch()
+        assert resolve(name, None) == folder / name
 
 
 def test_names_that_are_no_path(folder: Path) -> None:

@@ -37,7 +37,7 @@ from koala_local.errors import TemplateError
 SOURCE_CHARACTERS = 1 << 20
 RENDER_SECONDS = 2.0
 _START_SECONDS = 20.0
-_HINT = f"choose another prompt format: {', '.join(FORMATS)}"
+_HINT = f"choose another prompt format with --template or /template: {', '.join(FORMATS)}"
 _PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 
 

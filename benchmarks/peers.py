@@ -12,7 +12,8 @@ from typing import Any
 import llama_cpp.llama_cpp as ll
 from llama_cpp import Llama
 
-from koala_local.engine.llama import _flash_attention, physical_cores
+from koala_local.engine.cores import physical_cores
+from koala_local.engine.llama import _flash_attention
 from koala_local.engine.sampling import Sampling
 
 _SAMPLING = Sampling()

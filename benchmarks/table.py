@@ -15,7 +15,7 @@ from pathlib import Path
 import llama_cpp.llama_cpp as ll
 
 from koala_local.disk import write_whole
-from koala_local.engine.llama import physical_cores
+from koala_local.engine.cores import physical_cores
 
 _HEAD = ("Measurement", "Koala", "Compared with", "Ratio", "Goal", "Met", "Notes")
 

@@ -66,7 +66,8 @@ def bench(model: str, prefill: list[int], decode: list[int], turns: int, context
 def _peer(loaded: LoadedModel, prefill: list[int], decode: list[int]) -> Peer | None:
     """What llama-bench says of the same file on as many threads; the engine is closed, and the machine free."""
     from koala_local.chat.bench import ask_peer
-    from koala_local.engine.llama import Placement, physical_cores
+    from koala_local.engine.cores import physical_cores
+    from koala_local.engine.llama import Placement
     from koala_local.models.devices import ggml_version
 
     placed, size = loaded.engine, loaded.engine.context_size

@@ -6,17 +6,17 @@ child of `head`, so nothing that was said is ever overwritten.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from koala_local.chat.history import History
 from koala_local.chat.kv_files import CacheMiss, KvFiles
 from koala_local.chat.ledger import Answer, Exchange, Ledger
 from koala_local.chat.locks import SessionLock
-from koala_local.chat.saved import Branch, Node, Session, lines, path_to
+from koala_local.chat.saved import Branch, Node, Session, dropped_turns, lines, path_to, reply_seed, sound_ids
 from koala_local.dialogue import FORMATS, PromptFormat, Turn
 from koala_local.engine.cache import common_prefix
 from koala_local.engine.sampling import Sampling
@@ -88,16 +88,11 @@ class Conversation:
 
     def exchanges(self, path: Sequence[Node]) -> list[Exchange]:
         """The path as the ledger wants it: ids only where they were sampled under this vocabulary and format."""
-        key = self.key
+        key, size = self.key, self.ledger.engine.vocabulary.size
         return [
-            Exchange(Turn(node.user, node.reply), self._held_ids(node) if node.vocabulary == key else None)
+            Exchange(Turn(node.user, node.reply), sound_ids(node, size) if node.vocabulary == key else None)
             for node in path
         ]
-
-    def _held_ids(self, node: Node) -> tuple[int, ...] | None:
-        """None where a damaged row has lost its ids, or has impossible ones."""
-        sound = all(token < self.ledger.engine.vocabulary.size for token in node.reply_ids)
-        return node.reply_ids if sound and (node.reply_ids or not node.reply) else None
 
     def branches(self) -> list[Branch]:
         """Every line of the tree; their numbers stay."""
@@ -133,7 +128,7 @@ class Conversation:
     def _reply(self, parent: int | None, user: str, on_text: OnText, on_prefill: OnPrefill) -> Answer:
         before = self.path(parent) if parent is not None else []
         attempts = [node for node in self.nodes.values() if node.parent == parent]
-        dropped = _dropped(before)
+        dropped = dropped_turns(before)
         path = [*self.exchanges(before), Exchange(Turn(user))]
         seed = reply_seed(self.seed, len(before), len(attempts))
         answer = self.ledger.reply(self.system, path, dropped, self.sampling, seed, on_text, on_prefill)
@@ -182,19 +177,10 @@ class Conversation:
 
     def _commit(self, node: Node) -> None:
         """Save one turn; its id becomes the saved one, everywhere. Raises SessionError, nothing changed."""
-        saved = self.history.add_turn(
-            self._saved_session().id,
-            parent=node.parent,
-            user=node.user,
-            reply=node.reply,
-            finish=node.finish,
-            reply_ids=node.reply_ids,
-            vocabulary=node.vocabulary,
-            attempt=node.attempt,
-            dropped=node.dropped,
-            name=node.name,
-            move_head=self._owner and self.head == node.id,
-        )
+        turn = node._asdict()
+        del turn["id"], turn["created"]
+        head = self._owner and self.head == node.id
+        saved = self.history.add_turn(self._saved_session().id, move_head=head, **turn)
         del self.nodes[node.id]
         self.nodes[saved.id] = saved
         for number, child in self.nodes.items():
@@ -246,8 +232,7 @@ class Conversation:
     def _move(self, head: int | None) -> None:
         self.head = head
         if self.session is not None and self._owner and (head is None or head >= 0):
-            session = self.session.id
-            self._try_save(lambda: self.history.set_head(session, head))
+            self._try_save(partial(self.history.set_head, self.session.id, head))
 
     def _try_save(self, write: Callable[[], object]) -> None:
         try:
@@ -262,12 +247,12 @@ class Conversation:
     @property
     def dropped(self) -> int:
         """How many turns of the current path have left the context."""
-        return _dropped(self.path())
+        return dropped_turns(self.path())
 
     def prompt_ids(self) -> list[int]:
         """The token ids of the current path, without the turns that left the context."""
         path = self.path()
-        return self.ledger.ids(self.system, self.exchanges(path), _dropped(path)) if path else []
+        return self.ledger.ids(self.system, self.exchanges(path), dropped_turns(path)) if path else []
 
     # -- sessions
 
@@ -292,8 +277,7 @@ class Conversation:
         changed = any(node.dropped for node in self.nodes.values())
         self.nodes = {number: node._replace(dropped=0) for number, node in self.nodes.items()}
         if changed and self.session is not None and self._owner:
-            session = self.session.id
-            self._try_save(lambda: self.history.forget_dropped(session))
+            self._try_save(partial(self.history.forget_dropped, self.session.id))
 
     def _tell_anew(self, reason: object) -> None:
         if self.head is not None:
@@ -302,9 +286,8 @@ class Conversation:
     def _update(self, **changes: str) -> None:
         """Change the session's row, which belongs to the program that opened it first."""
         if self.session is not None:
-            session = self.session.id
             if self._owner:
-                self._try_save(lambda: self.history.update(session, **changes))
+                self._try_save(partial(self.history.update, self.session.id, **changes))
             else:
                 self.note("this change is not saved: the session is open in another window")
 
@@ -415,14 +398,3 @@ class Conversation:
         self._unlock()
         self.history.close()
         self.ledger.engine.close()
-
-
-def _dropped(path: Sequence[Node]) -> int:
-    """How many turns of the path have left the context. A damaged row may name any number: the last turn never does."""
-    return min(max(path[-1].dropped, 0), len(path) - 1) if path else 0
-
-
-def reply_seed(session_seed: int, turn: int, attempt: int) -> int:
-    """The seed of one reply: a run repeats, another attempt differs. 32 bits."""
-    text = f"{session_seed}/{turn}/{attempt}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")

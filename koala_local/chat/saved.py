@@ -5,6 +5,7 @@ The database is checked when it is opened, but no checksum covers its rows: what
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -108,6 +109,23 @@ def node_tree(session_id: str, rows: list[tuple[Any, ...]]) -> list[Node]:
         ids = _unpack_ids(reply_ids)
         nodes.append(Node(id, parent, user, reply, finish, ids, vocabulary, attempt, dropped, name, _time(created)))
     return nodes
+
+
+def sound_ids(node: Node, vocabulary_size: int) -> tuple[int, ...] | None:
+    """The ids of a reply; None where a damaged row has lost them, or has impossible ones."""
+    sound = all(token < vocabulary_size for token in node.reply_ids)
+    return node.reply_ids if sound and (node.reply_ids or not node.reply) else None
+
+
+def dropped_turns(path: Sequence[Node]) -> int:
+    """How many turns of a path have left the context. A damaged row may name any number: the last turn never does."""
+    return min(max(path[-1].dropped, 0), len(path) - 1) if path else 0
+
+
+def reply_seed(session_seed: int, turn: int, attempt: int) -> int:
+    """The seed of one reply: a run repeats, another attempt differs. 32 bits."""
+    text = f"{session_seed}/{turn}/{attempt}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:4], "little")
 
 
 def summary_of(row: tuple[Any, ...]) -> SessionSummary:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from koala_local.engine.base import Vocabulary
 from koala_local.engine.batch import Batch, tiled
 from koala_local.engine.bindings import ll
+from koala_local.engine.cores import physical_cores
 from koala_local.engine.llama_sampler import LlamaSampler
 from koala_local.engine.sampling import Sampling
 from koala_local.errors import Interrupted, KoalaError, ModelFileError, OutOfMemoryError
@@ -52,7 +53,6 @@ def _keep_log(level: int, text: bytes, _: object) -> None:
         _log_tail.append(text.decode("utf-8", "replace").strip())
 
 
-_NEVER = ll.ggml_abort_callback()  # a null pointer: nothing is polled
 _NO_LOG = ctypes.cast(ctypes.CDLL(None).abs, ll.llama_log_callback)  # no Python: the absolute value of the level
 
 
@@ -78,21 +78,9 @@ def plain_attention() -> bool:
     return not can_offload() and b"AVX2 = 1" in features and b"AVX512 = 1" not in features
 
 
-def physical_cores() -> int:
-    """The physical cores this process may run on: more threads than these slow llama.cpp down."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, (os.cpu_count() or 2) // 2)
-    cores = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
-    return len(cores)
-
-
 class LlamaEngine:
     """A GGUF model with its KV cache. Satisfies `Engine`. The file must have been checked and probed before."""
 
-    can_shift: bool
     shares_cells = True
     slots = SLOTS
 
@@ -102,8 +90,7 @@ class LlamaEngine:
         self._handles: list[Callable[[], None]] = []
         ll.llama_log_set(_keep_log, None)
         ll.llama_backend_init()
-        self.name = path.stem
-        self.kv_type = placement.kv_type
+        self.name, self.kv_type = path.stem, placement.kv_type
         self.piece = cache(self._read_piece)  # reading the vocabulary asks for one
         self.gpu_layers, self._model, self._context, self.vocabulary = _load(path, placement, self._read_vocabulary)
         self.placed = f"{self.gpu_layers} layers on the GPU" if self.gpu_layers else "all layers on the CPU"
@@ -241,8 +228,7 @@ class LlamaEngine:
         self.crop(0, 0)
         for start in range(0, len(ids), _LOGIT_ROWS):
             part = ids[start : start + _LOGIT_ROWS]
-            status = ll.llama_decode(self._context, self._batch.fill(part, 0, start, every=True))
-            if status != 0:
+            if status := ll.llama_decode(self._context, self._batch.fill(part, 0, start, every=True)):
                 raise _decode_error(status)
             self.evaluated_tokens += len(part)
             rows = ll.llama_get_logits(self._context)
@@ -266,7 +252,7 @@ class LlamaEngine:
         ll.llama_memory_seq_rm(self._memory, slot, position, -1)
         step.tokens[0], step.positions[0], step.slot.value = last, position, slot
         # llama.cpp rotates the keys when it decodes next. Stopped there, it would rotate some of them again later.
-        ll.llama_set_abort_callback(self._context, _NEVER, None)
+        ll.llama_set_abort_callback(self._context, ll.ggml_abort_callback(), None)  # a null pointer
         status = ll.llama_decode(self._context, step.batch)
         ll.llama_set_abort_callback(self._context, self._poll, ctypes.addressof(self._stop))
         if status:

@@ -111,7 +111,8 @@ def measure(seconds: float = 1.0) -> Speed:
     """Prefill and decode of the bundled model, `seconds` each. Raises KoalaError when it cannot be loaded."""
     import time
 
-    from koala_local.engine.llama import LlamaEngine, Placement, physical_cores
+    from koala_local.engine.cores import physical_cores
+    from koala_local.engine.llama import LlamaEngine, Placement
     from koala_local.nano import MODEL_PATH
 
     engine = LlamaEngine(MODEL_PATH, "doctor", Placement(1024))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from koala_local.chat.conversation import Conversation, reply_seed
+from koala_local.chat.conversation import Conversation
 from koala_local.chat.history import History
 from koala_local.chat.kv_files import KvFiles
 from koala_local.chat.ledger import Ledger
+from koala_local.chat.saved import reply_seed
 from koala_local.chat.template import JinjaFormat
 from koala_local.dialogue import FORMATS, KOALA
 from koala_local.engine.llama import LlamaEngine

@@ -36,6 +36,7 @@ from koala_local.engine.sampling import Sampling
 
 _SLICE = 64
 _LEAST_S, _LEAST, _SHORT = 60.0, 16, 400  # short replies follow until there are so many, and so long has passed
+_ALONE = 20  # replies without llama.cpp; each token's fastest counts, as the processor's clock goes up and down
 _HIGH_LEVEL_TOKENS = 1000  # its streaming slows down with every token
 _Times = list[tuple[int, float, float]]  # of slices: tokens, ledger's seconds, bare loop's seconds
 
@@ -49,7 +50,7 @@ def run(model: Model, quick: bool) -> list[Row]:
             bare.read(engine.tokenize(numbered(1)))
             theirs = _python_ms(lambda: bare.write(tokens))
         ours = _python_ms(lambda: Talk(engine).say(numbered(1), tokens))
-        alone = _python_alone_ms(engine, tokens)
+        alone = list(map(min, zip(*(_python_alone_ms(engine, tokens) for _ in range(_ALONE)), strict=True)))
     rows = [_against_bare(model, replies), *_python_rows(model, ours, theirs, alone, window)]
     return rows + _against_high_level(model, replies[:2], min(tokens, _HIGH_LEVEL_TOKENS))
 

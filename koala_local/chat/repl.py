@@ -208,9 +208,8 @@ class Repl:
             console.styled("stopped before the first token: nothing is sent", dim=True)
         except KoalaError as error:
             unsent = isinstance(error, ContextError)
-            hides = (
-                unsent and len(line) > _LONG and not self._dumb
-            )  # it would fill the screen, with the error above that
+            # A message that fills the screen again would hide the error above it.
+            hides = unsent and len(line) > _LONG and not self._dumb
             self._typed = line if unsent and not hides else ""
             self._complain(error.message, error.hint + ("; arrow up brings the message back" if hides else ""))
         except Exception as error:  # a defect in one command must not take the conversation with it

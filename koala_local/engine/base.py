@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from koala_local.engine.sampling import Sampling
+from koala_local.errors import KoalaError
 
 
 class Vocabulary(NamedTuple):
@@ -94,3 +95,8 @@ class Engine(Protocol):
         """Clear `interrupt`."""
 
     def close(self) -> None: ...
+
+
+def lost(name: str, held: Sequence[str]) -> Exception:
+    """What an engine raises that has no attribute `name`: those in `held` went when it was closed."""
+    return KoalaError("no model is loaded", "/model FILE loads one") if name in held else AttributeError(name)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from koala_local.engine.base import lost
 from koala_local.engine.gptq_files import TensorFiles, read_layout, read_model_settings
 from koala_local.engine.gptq_linear import Placement
 from koala_local.engine.gptq_model import SlotCache, load_model
@@ -190,4 +191,4 @@ class GptqEngine:
 
     def __getattr__(self, name: str) -> Any:
         """What a closed engine no longer has is asked for."""
-        raise KoalaError("no model is loaded", "/model FILE loads one") if name in _HELD else AttributeError(name)
+        raise lost(name, _HELD)

@@ -22,7 +22,7 @@ from itertools import compress, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from koala_local.engine.base import Vocabulary
+from koala_local.engine.base import Vocabulary, lost
 from koala_local.engine.batch import Batch, tiled
 from koala_local.engine.bindings import ll
 from koala_local.engine.cores import physical_cores
@@ -288,7 +288,7 @@ class LlamaEngine:
 
     def __getattr__(self, name: str) -> Any:
         """A closed engine answers with an error where llama.cpp would end the process."""
-        raise KoalaError("no model is loaded", "/model FILE loads one") if name in _HANDLES else AttributeError(name)
+        raise lost(name, _HANDLES)
 
 
 def _load(path: Path, placement: Placement, read: Callable[[Any], Vocabulary]) -> tuple[int, Any, Any, Vocabulary]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -23,6 +24,10 @@ Open = Callable[..., Conversation]
 
 
 def quiet(text: str) -> None: ...
+
+
+def refuse(*_: object, **__: object) -> NoReturn:
+    raise SessionError("the disk is full")
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +240,6 @@ def test_a_disk_that_refuses_does_not_end_the_chat(
     chat = open_chat()
     chat.send("one", quiet)
 
-    def refuse(*_: object, **__: object) -> None:
-        raise SessionError("the disk is full")
-
     monkeypatch.setattr(chat.history, "add_turn", refuse)
     chat.send("two", quiet)
     assert notes == ["from here on turns are not saved: the disk is full"]
@@ -261,12 +263,12 @@ def test_turns_that_cannot_be_saved_are_told_of_before_they_are_left(
     assert chat.session is not None
     session = chat.session.id
     with monkeypatch.context() as broken:
-        broken.setattr(chat.history, "_check_file", lambda: (_ for _ in ()).throw(SessionError("full")))
+        broken.setattr(chat.history, "_check_file", refuse)
         chat.send("two", quiet)
     chat.resume(session)  # the disk has room again
     assert [node.user for node in chat.path()] == ["one", "two"]
     with monkeypatch.context() as broken:
-        broken.setattr(chat.history, "_check_file", lambda: (_ for _ in ()).throw(SessionError("full")))
+        broken.setattr(chat.history, "_check_file", refuse)
         chat.send("three", quiet)
         notes.clear()
         chat.new()
@@ -277,11 +279,11 @@ def test_a_waiting_turn_is_saved_once(open_chat: Open, monkeypatch: pytest.Monke
     chat = open_chat()
     chat.send("one", quiet)
     with monkeypatch.context() as broken:
-        broken.setattr(chat.history, "_check_file", lambda: (_ for _ in ()).throw(SessionError("full")))
+        broken.setattr(chat.history, "_check_file", refuse)
         chat.send("two", quiet)
         chat.branch(None, "kept")
     with monkeypatch.context() as broken:
-        broken.setattr(chat.history, "name_node", lambda *_: (_ for _ in ()).throw(SessionError("full")))
+        broken.setattr(chat.history, "name_node", refuse)
         chat.save()
     chat.save()
     assert chat.session is not None
@@ -360,7 +362,7 @@ def test_turns_that_waited_are_saved_before_another_session_begins(
     chat = open_chat()
     chat.send("one", quiet)
     with monkeypatch.context() as broken:
-        broken.setattr(chat.history, "add_turn", lambda *_, **__: (_ for _ in ()).throw(SessionError("full")))
+        broken.setattr(chat.history, "add_turn", refuse)
         chat.send("two", quiet)
         chat.branch(None, "kept")
     session = chat.session

@@ -384,7 +384,7 @@ def test_failure_is_told_in_the_templates_words(source: str, words: str) -> None
     assert words in caught.value.message
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < 400
-    assert "--template" in caught.value.hint
+    assert "--template or /template" in caught.value.hint
 
 
 @pytest.mark.parametrize("source", [GEMMA, MISTRAL], ids=["gemma", "mistral"])
